@@ -1,0 +1,339 @@
+"""The parts of a NAT: stem, attention, layer, stage, encoder. Maps are ``(batch, height, width, channels)``
+throughout."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from nbhd.errors import ArgumentError
+from nbhd.functional import apply_attention_weights, attention_weights, na2d
+from nbhd.models.nat.configuration_nat import NatConfig
+
+
+@dataclass
+class NatEncoderOutput(ModelOutput):
+    """Outputs of the encoder; the fields are those of `NatModelOutput`, before the last norm."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class NatPatchEmbeddings(nn.Module):
+    """Pixels ``(B, num_channels, H, W)`` to a map ``(B, ceil(H / patch_size), ceil(W / patch_size), embed_dim)``."""
+
+    def __init__(self, config: NatConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        # One 3x3 convolution of stride 2 for each factor 2, doubling up to embed_dim, without activations in between.
+        halvings = config.patch_size.bit_length() - 1
+        widths = [config.num_channels, *(config.embed_dim // 2**i for i in reversed(range(halvings)))]
+        self.projection = nn.Sequential(
+            *(nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.ndim != 4:
+            raise ArgumentError(
+                f"pixel_values must be (batch, channels, height, width), got {pixel_values.ndim} axes: "
+                f"{tuple(pixel_values.shape)}. Add the batch axis to a single image with pixel_values[None]."
+            )
+        if pixel_values.shape[1] != self.num_channels:
+            raise ArgumentError(
+                f"pixel_values must have the {self.num_channels} channels of config.num_channels along axis 1, got "
+                f"{pixel_values.shape[1]} in {tuple(pixel_values.shape)}. Make sure that the channel dimension of the "
+                "pixel values match with the one set in the configuration."
+            )
+        # Reordering the few channels of the pixels once makes every later permute free.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return self.projection(pixel_values).permute(0, 2, 3, 1)
+
+
+class NatEmbeddings(nn.Module):
+    """The stem: patch embeddings, layer norm, dropout."""
+
+    def __init__(self, config: NatConfig) -> None:
+        super().__init__()
+        self.patch_embeddings = NatPatchEmbeddings(config)
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.norm(self.patch_embeddings(pixel_values)))
+
+
+class NatDownsampler(nn.Module):
+    """``(B, H, W, dim)`` to ``(B, ceil(H / 2), ceil(W / 2), 2 * dim)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.reduction(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class NatDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, drop the whole branch of a sample with probability
+    ``drop_prob``."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep = 1 - self.drop_prob
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        # Drawn in at least float32: in half precision keep + u rounds up to 1 too often.
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        factor = torch.rand(shape, dtype=dtype, device=hidden_states.device).add_(keep).floor_()
+        if keep > 0:
+            factor = factor.div_(keep)
+        return hidden_states * factor.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class NeighborhoodAttention(nn.Module):
+    """Multi-head neighborhood attention with relative position biases, ``(B, H, W, dim)`` to the same.
+
+    The map must be at least ``kernel_size * dilation`` along both sides; `NatLayer` sees to that.
+    """
+
+    def __init__(self, config: NatConfig, dim: int, num_heads: int, kernel_size: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.num_attention_heads = num_heads
+        self.attention_head_size = dim // num_heads
+        self.all_head_size = dim
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+
+        self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
+        self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (self.num_attention_heads, self.attention_head_size)
+        query = self.query(hidden_states).unflatten(-1, heads)
+        key = self.key(hidden_states).unflatten(-1, heads)
+        value = self.value(hidden_states).unflatten(-1, heads)
+
+        if not output_attentions and not (self.training and self.dropout.p > 0):
+            context = na2d(query, key, value, self.kernel_size, dilation=self.dilation, rel_pos_bias=self.rpb)
+            return context.flatten(-2), None
+
+        # The fused operator never holds the probabilities; to return them or to drop some takes the two halves.
+        probabilities = attention_weights(
+            query, key, self.kernel_size, dilation=self.dilation, rel_pos_bias=self.rpb
+        )  # (B, H, W, heads, kernel_size**2)
+        probabilities = self.dropout(probabilities)
+        context = apply_attention_weights(probabilities, value, self.kernel_size, dilation=self.dilation)
+        return context.flatten(-2), probabilities.permute(0, 3, 1, 2, 4) if output_attentions else None
+
+
+class NeighborhoodAttentionOutput(nn.Module):
+    """Projection of the attention's output."""
+
+    def __init__(self, config: NatConfig, dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.dense(hidden_states))
+
+
+class NeighborhoodAttentionModule(nn.Module):
+    """Attention and its output projection."""
+
+    def __init__(self, config: NatConfig, dim: int, num_heads: int, kernel_size: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.self = NeighborhoodAttention(config, dim, num_heads, kernel_size, dilation)
+        self.output = NeighborhoodAttentionOutput(config, dim)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context, probabilities = self.self(hidden_states, output_attentions)
+        return self.output(context), probabilities
+
+
+class NatIntermediate(nn.Module):
+    """First half of the MLP."""
+
+    def __init__(self, config: NatConfig, dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, int(config.mlp_ratio * dim))
+        self.intermediate_act_fn = (
+            ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.intermediate_act_fn(self.dense(hidden_states))
+
+
+class NatOutput(nn.Module):
+    """Second half of the MLP."""
+
+    def __init__(self, config: NatConfig, dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(int(config.mlp_ratio * dim), dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.dense(hidden_states))
+
+
+class NatLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each with layer norm, optional layer scale and stochastic depth around a residual
+    connection."""
+
+    def __init__(
+        self, config: NatConfig, dim: int, num_heads: int, drop_path_rate: float = 0.0, dilation: int = 1
+    ) -> None:
+        super().__init__()
+        self.window_size = config.kernel_size * dilation
+        self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.attention = NeighborhoodAttentionModule(config, dim, num_heads, config.kernel_size, dilation)
+        self.drop_path = NatDropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
+        self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.intermediate = NatIntermediate(config, dim)
+        self.output = NatOutput(config, dim)
+        # Row 0 scales the attention branch, row 1 the MLP's.
+        self.layer_scale_init_value = config.layer_scale_init_value
+        self.layer_scale_parameters = (
+            nn.Parameter(torch.full((2, dim), float(config.layer_scale_init_value)))
+            if config.layer_scale_init_value > 0
+            else None
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        branch = self.layernorm_before(hidden_states)
+        branch, probabilities = self._attend(branch, output_attentions)
+        hidden_states = hidden_states + self.drop_path(self._scale(branch, 0))
+
+        branch = self.output(self.intermediate(self.layernorm_after(hidden_states)))
+        hidden_states = hidden_states + self.drop_path(self._scale(branch, 1))
+        return hidden_states, probabilities
+
+    def _attend(self, branch: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention on a map padded to the window's size where it is smaller.
+
+        The padding is plain zeros after the norm at the lower and right border, is not masked and so takes part with
+        the biases of
+        query, key and value: trained weights rely on it.
+        """
+        height, width = branch.shape[1:3]
+        pad_bottom, pad_right = max(0, self.window_size - height), max(0, self.window_size - width)
+        if not pad_bottom and not pad_right:
+            return self.attention(branch, output_attentions)
+        padded = nn.functional.pad(branch, (0, 0, 0, pad_right, 0, pad_bottom))
+        attended, probabilities = self.attention(padded, output_attentions)
+        return attended[:, :height, :width], probabilities
+
+    def _scale(self, branch: torch.Tensor, row: int) -> torch.Tensor:
+        return branch if self.layer_scale_parameters is None else self.layer_scale_parameters[row] * branch
+
+
+class NatStage(nn.Module):
+    """The layers of one resolution, and the downsampling to the next."""
+
+    def __init__(
+        self,
+        config: NatConfig,
+        dim: int,
+        num_heads: int,
+        drop_path_rates: list[float],
+        dilations: list[int],
+        downsample: bool,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            NatLayer(config, dim, num_heads, drop_path_rate, dilation)
+            for drop_path_rate, dilation in zip(drop_path_rates, dilations, strict=True)
+        )
+        self.downsample = NatDownsampler(dim) if downsample else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False, downsample: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The map after and before downsampling, and the last layer's attention probabilities if asked for."""
+        probabilities = None
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            hidden_states, probabilities = layer(hidden_states, output_attentions and i == last)
+        before = hidden_states
+        if self.downsample is not None and downsample:
+            hidden_states = self.downsample(hidden_states)
+        return hidden_states, before, probabilities
+
+
+class NatEncoder(nn.Module):
+    """The stages."""
+
+    def __init__(self, config: NatConfig) -> None:
+        super().__init__()
+        self.num_levels = len(config.depths)
+        # On the CPU even when the model is built on the meta device: these are numbers, not weights.
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+        starts = [sum(config.depths[:i]) for i in range(self.num_levels + 1)]
+        self.levels = nn.ModuleList(
+            NatStage(
+                config,
+                dim=int(config.embed_dim * 2**i),
+                num_heads=config.num_heads[i],
+                drop_path_rates=rates[starts[i] : starts[i + 1]],
+                dilations=config.layer_dilations(i),
+                downsample=i < self.num_levels - 1,
+            )
+            for i in range(self.num_levels)
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        output_hidden_states_before_downsampling: bool = False,
+        num_levels: int | None = None,
+    ) -> NatEncoderOutput:
+        """Run the first ``num_levels`` stages (default: all).
+
+        With ``output_hidden_states_before_downsampling`` the hidden states are each stage's before its downsampling
+        instead of after, and the downsampling after the last stage that runs is left out.
+        """
+        states = [hidden_states]
+        attentions = []
+        levels = self.levels if num_levels is None else self.levels[:num_levels]
+        for i, level in enumerate(levels):
+            downsample = i < len(levels) - 1 or not output_hidden_states_before_downsampling
+            hidden_states, before, probabilities = level(hidden_states, output_attentions, downsample)
+            if output_hidden_states:
+                states.append(before if output_hidden_states_before_downsampling else hidden_states)
+            if probabilities is not None:
+                attentions.append(probabilities)
+        return NatEncoderOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            reshaped_hidden_states=tuple(s.permute(0, 3, 1, 2) for s in states) if output_hidden_states else None,
+        )

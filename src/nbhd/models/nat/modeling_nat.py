@@ -1,0 +1,299 @@
+"""The Neighborhood Attention Transformer (Hassani et al., "Neighborhood Attention Transformer", CVPR 2023).
+
+Same modules, parameter names, outputs and numbers as in transformers 4.40.2, on `nbhd.functional.na2d`. Maps are
+channels-last, ``(batch, height, width, channels)``, from the stem to the pooling, and heads-last in between, so nothing
+is ever transposed.
+
+    NatForImageClassification
+      nat: NatModel
+        embeddings: NatEmbeddings                 pixels -> map, each side divided by patch_size
+        encoder: NatEncoder
+          levels.0 .. : NatStage
+            layers.0 .. : NatLayer                x + attention(norm(x)), then x + mlp(norm(x))
+            downsample: NatDownsampler            halves the sides, doubles the channels; not after the last stage
+        layernorm, mean over the map
+      classifier
+
+With ``config.dilations`` it is the Dilated Neighborhood Attention Transformer (Hassani and Shi, arXiv:2209.15001).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, initialization as init
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import ModelOutput
+
+from nbhd.errors import ArgumentError
+from nbhd.models._transformers import BackboneMixin
+from nbhd.models.nat.configuration_nat import NatConfig
+from nbhd.models.nat.layers import NatEmbeddings, NatEncoder, NatLayer, NeighborhoodAttention
+
+
+@dataclass
+class NatModelOutput(ModelOutput):
+    """Outputs of `NatModel`.
+
+    Args:
+        last_hidden_state: ``(batch, height, width, channels)``, the last map after the last layer norm.
+        pooler_output: ``(batch, channels)``, its mean over height and width; None without pooling.
+        hidden_states: ``len(depths) + 1`` maps ``(batch, height, width, channels)``: the stem's, then each stage's
+            after its downsampling; none has seen the last layer norm. On request.
+        attentions: for each stage the attention probabilities of its last layer,
+            ``(batch, heads, height, width, kernel_size**2)``, where height and width are at least the window's. On
+            request.
+        reshaped_hidden_states: ``hidden_states`` as ``(batch, channels, height, width)`` views.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class NatImageClassifierOutput(ModelOutput):
+    """Outputs of `NatForImageClassification`.
+
+    Args:
+        loss: scalar, only when labels were given.
+        logits: ``(batch, num_labels)``, before the softmax.
+        hidden_states, attentions, reshaped_hidden_states: as in `NatModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class NatPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what `transformers.PreTrainedModel` needs to know."""
+
+    config: NatConfig
+    config_class = NatConfig
+    base_model_prefix = "nat"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NatEmbeddings", "NatLayer"]  # noqa: RUF012
+
+    def __init__(self, config: NatConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        # Attributes may have changed since the configuration was made.
+        config.check()
+        config.check_heads()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers' own rule: normal(initializer_range) weights, zero biases, ones and zeros for the norms.
+        # Parameters that belong to no layer must be set here too: models are made without memory when a checkpoint is
+        # loaded, and what the checkpoint lacks is filled by this function alone. `init` leaves alone what has been
+        # loaded.
+        super()._init_weights(module)
+        if isinstance(module, NeighborhoodAttention):
+            init.zeros_(module.rpb)
+        elif isinstance(module, NatLayer) and module.layer_scale_parameters is not None:
+            init.constant_(module.layer_scale_parameters, module.layer_scale_init_value)
+
+    def _flag(self, value: bool | None, name: str) -> bool:
+        return bool(getattr(self.config, name) if value is None else value)
+
+
+class NatModel(NatPreTrainedModel):
+    """NAT without a head.
+
+    Args:
+        config: the model's settings.
+        add_pooling_layer: whether ``pooler_output`` is computed.
+    """
+
+    def __init__(self, config: NatConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.num_levels = len(config.depths)
+        self.num_features = int(config.embed_dim * 2 ** (self.num_levels - 1))
+        self.add_pooling_layer = add_pooling_layer
+
+        self.embeddings = NatEmbeddings(config)
+        self.encoder = NatEncoder(config)
+        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> NatModelOutput | tuple:
+        """Features of a batch of images.
+
+        Args:
+            pixel_values: ``(batch, num_channels, height, width)``, any height and width.
+            output_attentions, output_hidden_states: whether to return them; default: the configuration's.
+            return_dict: False for a plain tuple ``(last_hidden_state, pooler_output[, hidden_states][, attentions])``.
+
+        Returns:
+            `NatModelOutput`
+        """
+        if pixel_values is None:
+            raise ArgumentError(
+                "You have to specify pixel_values, a tensor (batch, channels, height, width); got None."
+            )
+        outputs = self.encoder(
+            self.embeddings(pixel_values),
+            output_attentions=self._flag(output_attentions, "output_attentions"),
+            output_hidden_states=self._flag(output_hidden_states, "output_hidden_states"),
+        )
+        last_hidden_state = self.layernorm(outputs.last_hidden_state)
+        pooler_output = last_hidden_state.mean(dim=(1, 2)) if self.add_pooling_layer else None
+        if not self._flag(return_dict, "return_dict"):
+            return (last_hidden_state, pooler_output, *_present(outputs.hidden_states, outputs.attentions))
+        return NatModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+
+
+class NatForImageClassification(NatPreTrainedModel):
+    """NAT with a linear classifier on the mean of the last map."""
+
+    def __init__(self, config: NatConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.nat = NatModel(config)
+        self.classifier = (
+            nn.Linear(self.nat.num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> NatImageClassifierOutput | tuple:
+        """Logits, and the loss when there are labels.
+
+        Args:
+            pixel_values: ``(batch, num_channels, height, width)``, any height and width.
+            labels: ``(batch,)`` integers for cross-entropy, ``(batch, num_labels)`` floats for several labels at once,
+                or any floats with ``num_labels`` 1 for regression; ``config.problem_type`` is set by the first batch
+                unless it is given.
+            output_attentions, output_hidden_states: whether to return them; default: the configuration's.
+            return_dict: False for a plain tuple ``([loss, ]logits[, hidden_states][, attentions])``.
+
+        Returns:
+            `NatImageClassifierOutput`
+        """
+        outputs = self.nat(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        if not self._flag(return_dict, "return_dict"):
+            return (*_present(loss), logits, *_present(outputs.hidden_states, outputs.attentions))
+        return NatImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+
+
+class NatBackbone(BackboneMixin, NatPreTrainedModel):
+    """NAT as a feature pyramid for detection and segmentation heads.
+
+    Maps of the stages in ``config.out_features``, each with a layer norm of its own; the strides are ``patch_size`` for
+    ``stem`` and ``stage1``, then twice as much with each stage. Stages after the last one asked for do not run.
+    """
+
+    def __init__(self, config: NatConfig) -> None:
+        super().__init__(config)
+        if hasattr(self, "_init_backbone"):  # TODO: drop when the oldest supported transformers does this in __init__
+            self._init_backbone(config)
+        self.num_features = [config.embed_dim, *(int(config.embed_dim * 2**i) for i in range(len(config.depths)))]
+        self.embeddings = NatEmbeddings(config)
+        self.encoder = NatEncoder(config)
+        self.hidden_states_norms = nn.ModuleDict(
+            {stage: nn.LayerNorm(channels) for stage, channels in zip(self.out_features, self.channels, strict=True)}
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BackboneOutput | tuple:
+        """Feature maps of a batch of images.
+
+        Args:
+            pixel_values: ``(batch, num_channels, height, width)``, any height and width.
+            output_hidden_states: whether to return all maps ``(batch, height, width, channels)``, before their norms
+                and before downsampling, the stem's first; default: the configuration's.
+            output_attentions: as in `NatModel`.
+            return_dict: False for a plain tuple ``(feature_maps[, hidden_states])``.
+
+        Returns:
+            `transformers.modeling_outputs.BackboneOutput`, with ``feature_maps`` a tuple of contiguous
+            ``(batch, channels, height, width)`` in the order of the stages.
+        """
+        output_hidden_states = self._flag(output_hidden_states, "output_hidden_states")
+        output_attentions = self._flag(output_attentions, "output_attentions")
+        everything = output_hidden_states or output_attentions
+        outputs = self.encoder(
+            self.embeddings(pixel_values),
+            output_attentions=output_attentions,
+            output_hidden_states=True,
+            output_hidden_states_before_downsampling=True,
+            num_levels=None if everything else max(self.stage_names.index(stage) for stage in self.out_features),
+        )
+        feature_maps = tuple(
+            self._norm(stage)(state).permute(0, 3, 1, 2).contiguous()
+            for stage, state in zip(self.stage_names, outputs.hidden_states, strict=False)
+            if stage in self.out_features
+        )
+        hidden_states = outputs.hidden_states if output_hidden_states else None
+        if not self._flag(return_dict, "return_dict"):
+            return (feature_maps, *_present(hidden_states))
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states, attentions=outputs.attentions)
+
+    def _norm(self, stage: str) -> nn.Module:
+        if stage not in self.hidden_states_norms:
+            raise ArgumentError(
+                f"out_features asks for {stage!r}, but this backbone was built for {list(self.hidden_states_norms)}: "
+                "each stage needs a norm of its own. Set out_features before the backbone is built."
+            )
+        return self.hidden_states_norms[stage]
+
+
+def _present(*values: object) -> tuple:
+    return tuple(value for value in values if value is not None)
+
+
+__all__ = ["NatBackbone", "NatForImageClassification", "NatModel", "NatPreTrainedModel"]
