@@ -1,0 +1,145 @@
+"""A model named by folder or hub id, to a loaded model and its image processor."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nbhd.checkpoints import default_checkpoint
+from nbhd.errors import CheckpointError
+
+#: Files of a hub repository that are needed; the second list is for repositories without safetensors.
+_WANTED = (
+    "config.json", "preprocessor_config.json", "processor_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
+_WANTED_OLD = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for inference.
+
+    Attributes:
+        model: a transformers model in evaluation mode, on its device.
+        processor: the image processor that belongs to it.
+        source: the folder the files came from.
+    """
+
+    model: Any
+    processor: Any
+    source: Path
+
+
+def load_classifier(model: str | os.PathLike[str] | None, device: torch.device) -> Loaded:
+    """Load an image classification model of any architecture transformers knows, NAT included.
+
+    Args:
+        model: a folder written by ``save_pretrained``, a hub id, or None for the checkpoint that comes with the
+        package. A
+            folder wins over a hub id of the same name. Code that a repository brings along is never run.
+        device: where to put it. On a CPU the weights become float32 whatever they were stored in; elsewhere they keep
+        their
+            dtype.
+
+    Raises:
+        CheckpointError: there is no such model, it cannot be read, is not an image classifier, or lacks weights.
+    """
+    folder = model_folder(model)
+    named = str(model) if model is not None else "the default checkpoint"
+    _check_config(folder, named)
+
+    import transformers
+
+    import nbhd.models  # noqa: F401  (registers NAT with the Auto classes)
+
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        network, info = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers, safetensors and torch raise each their own kinds for a bad checkpoint
+        raise CheckpointError(f"cannot load an image classifier from {named}: {_reason(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{named} lacks {len(missing)} of the weights of a {type(network).__name__} ({', '.join(missing[:3])}): it"
+            " would answer at random. Name a checkpoint trained for image classification."
+        )
+    channels = getattr(network.config, "num_channels", 3)
+    if channels != 3:
+        raise CheckpointError(
+            f"{named} wants pictures of {channels} channels (num_channels), but pictures are read as RGB."
+        )
+    return Loaded(network.to(device).eval(), _processor(folder, named), folder)
+
+
+def model_folder(model: str | os.PathLike[str] | None) -> Path:
+    """The local folder of a model, downloaded (or found in the hub's cache) if a hub id was given.
+
+    Raises:
+        CheckpointError: neither a folder nor a hub id that can be reached.
+    """
+    if model is None:
+        return default_checkpoint()
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"model {name!r} is a file. Name the folder that holds config.json and the weights.")
+    if not _HUB_ID.fullmatch(name) or ".." in name:
+        raise CheckpointError(f"model {name!r}: there is no such folder.")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*_WANTED, *_WANTED_OLD]))
+    except Exception as error:  # the hub client raises its own, requests', httpx's and OSError kinds
+        raise CheckpointError(
+            f"model {name!r} is not a folder here, and cannot be had from the Hugging Face hub: {_reason(error)}"
+        ) from error
+    return folder
+
+
+def _check_config(folder: Path, named: str) -> None:
+    if (folder / "config.json").is_file():
+        return
+    inner = sorted(config.parent.name for config in folder.glob("*/config.json"))
+    hint = (
+        f" Did you mean {folder / inner[-1]}?" if inner else " Name the folder that holds config.json and the weights."
+    )
+    raise CheckpointError(f"{named} is not a model: {folder} holds no config.json.{hint}")
+
+
+def _processor(folder: Path, named: str) -> Any:
+    """The folder's image processor, or NAT's default if it has none."""
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        from nbhd.models.nat import NatImageProcessor
+
+        return NatImageProcessor()
+
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"cannot load the image processor of {named}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence or two of an error made for developers."""
+    text = " ".join(str(error).split())
+    return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__
