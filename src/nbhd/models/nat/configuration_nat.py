@@ -226,7 +226,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
                 if indices is not None and [i % len(self.stage_names) for i in indices] != list(self._out_indices):
                     raise ArgumentError(
                         f"out_features and out_indices should correspond to the same stages if both are set, "
-                        f"got {names} and {indices}. Give one of them; {names} are the indices {list(self._out_indices)}."
+                        f"got {names} and {indices}. Give one of them; the indices are {list(self._out_indices)}."
                     )
                 if indices is not None:
                     self._out_indices = indices

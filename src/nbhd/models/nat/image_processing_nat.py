@@ -173,7 +173,7 @@ class NatImageProcessor(BaseImageProcessor):
             if do_normalize and np.ndim(gain) and pixels.shape[-1] != len(gain) and len(gain) != 1:
                 raise ArgumentError(
                     f"image_mean and image_std must have one entry for each channel: there are {len(gain)}, "
-                    f"but the image has {pixels.shape[-1]} channels. Pass do_convert_rgb=True, or as many entries as channels."
+                    f"but the image has {pixels.shape[-1]}. Pass do_convert_rgb=True, or as many entries as channels."
                 )
             pixels = pixels * gain + offset
             if data_format == "channels_first":
@@ -257,7 +257,7 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
         first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
         if not first and not last:
             raise ArgumentError(
-                f"images must have 1, 3 or 4 channels on the first or the last axis, got an array of shape {array.shape}. "
+                f"images must have 1, 3 or 4 channels on the first or last axis, got an array of shape {array.shape}. "
                 "Pass input_data_format if it is of another kind."
             )
         layout = "channels_first" if first else "channels_last"

@@ -1,5 +1,6 @@
 """The parts of a NAT: stem, attention, layer, stage, encoder. Maps are ``(batch, height, width, channels)``
-throughout."""
+throughout.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -85,7 +87,8 @@ class NatDownsampler(nn.Module):
 
 class NatDropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, drop the whole branch of a sample with probability
-    ``drop_prob``."""
+    ``drop_prob``.
+    """
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -201,9 +204,17 @@ class NatOutput(nn.Module):
         return self.dropout(self.dense(hidden_states))
 
 
+def _is_open(side: int, window_size: int) -> bool:
+    """Whether a graph is being exported in which ``side`` may turn out smaller than the window or not."""
+    if not getattr(torch.compiler, "is_exporting", bool)():  # TODO: drop getattr when torch 2.6 is no longer supported
+        return False
+    return not statically_known_true(side >= window_size) and not statically_known_true(side < window_size)
+
+
 class NatLayer(GradientCheckpointingLayer):
     """Attention and MLP, each with layer norm, optional layer scale and stochastic depth around a residual
-    connection."""
+    connection.
+    """
 
     def __init__(
         self, config: NatConfig, dim: int, num_heads: int, drop_path_rate: float = 0.0, dilation: int = 1
@@ -243,12 +254,31 @@ class NatLayer(GradientCheckpointingLayer):
         query, key and value: trained weights rely on it.
         """
         height, width = branch.shape[1:3]
+        if _is_open(height, self.window_size) or _is_open(width, self.window_size):
+            return self._attend_any_size(branch, output_attentions)
         pad_bottom, pad_right = max(0, self.window_size - height), max(0, self.window_size - width)
         if not pad_bottom and not pad_right:
             return self.attention(branch, output_attentions)
         padded = nn.functional.pad(branch, (0, 0, 0, pad_right, 0, pad_bottom))
         attended, probabilities = self.attention(padded, output_attentions)
         return attended[:, :height, :width], probabilities
+
+    def _attend_any_size(
+        self, branch: torch.Tensor, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same in an exported graph that takes maps on both sides of the window's size: without a branch, always
+        padded.
+
+        Cropping is by index because a slice would make the graph demand that nothing is cropped.
+        """
+        height, width = branch.shape[1:3]
+        pad_bottom = torch.sym_max(self.window_size, height) - height
+        pad_right = torch.sym_max(self.window_size, width) - width
+        padded = nn.functional.pad(branch, (0, 0, 0, pad_right, 0, pad_bottom))
+        attended, probabilities = self.attention(padded, output_attentions)
+        rows = torch.arange(height, device=branch.device)
+        columns = torch.arange(width, device=branch.device)
+        return attended.index_select(1, rows).index_select(2, columns), probabilities
 
     def _scale(self, branch: torch.Tensor, row: int) -> torch.Tensor:
         return branch if self.layer_scale_parameters is None else self.layer_scale_parameters[row] * branch

@@ -170,6 +170,10 @@ class NatModel(NatPreTrainedModel):
 class NatForImageClassification(NatPreTrainedModel):
     """NAT with a linear classifier on the mean of the last map."""
 
+    # The loss is the mean over the batch for every problem type, so a Trainer that accumulates gradients has to divide
+    # by the number of steps; it leaves that to models whose forward takes any keyword unless they say otherwise.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
