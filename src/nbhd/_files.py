@@ -1,0 +1,71 @@
+"""Outputs are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from nbhd.errors import FileError
+
+
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path`` that takes its place only if the block ends without an error.
+
+    Args:
+        path: the file to write. Its folder must exist. An existing file stays as it was until the new one is complete.
+        mode: ``"wb"`` or ``"w"`` (UTF-8, no newline translation).
+
+    Raises:
+        FileError: the folder does not exist, or the file cannot be written (no permission, no space).
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"mode must be 'wb' or 'w', got {mode!r}")
+    # A link is followed, so that replacing the file does not replace the link.
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileError(f"cannot write {path}: the folder {target.parent} does not exist. Create it first.")
+    if target.is_dir():
+        raise FileError(f"cannot write {path}: it is a folder. Name a file.")
+    if target.exists() and not target.is_file():
+        # A pipe or a device cannot be replaced by rename; there is nothing to protect either.
+        with open(target, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+        return
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:64]}.", suffix=".part")
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, mode, **text) as stream:  # type: ignore[call-overload]
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes private files; the result gets the permissions an ordinary open would have given.
+        os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and not isinstance(error, FileError) and error.filename in (None, temporary):
+            raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON; NaN and infinities are refused because JSON has none."""
+    with write_whole(path, "w") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+        stream.write("\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

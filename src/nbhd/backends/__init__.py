@@ -1,0 +1,110 @@
+"""Backends: which one runs a call.
+
+A backend is a module with
+
+    NAME                    as in ``backend="..."``
+    why_unusable()          None, or why it cannot run on this machine at all
+    why_not(call)           None, or why it cannot run this call
+    forward(query, key, value, rel_pos_bias, neighborhood, scale) -> (out, lse)
+    backward(d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale)
+                            -> (d_query, d_key, d_value, d_rel_pos_bias or None)
+
+Arguments are checked before (``functional``). ``out`` and the gradients are contiguous and have their argument's dtype;
+``lse`` is float32 (float64 for float64). ``d_lse`` is None where the log-sum-exp has no gradient. The score gradient is
+``dS = P * (dP - (rowsum(P * dP) - d_lse))``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nbhd.errors import ArgumentError, BackendError
+from nbhd.geometry import Neighborhood
+
+#: Module of each backend, by name.
+MODULES = {
+    "reference": "nbhd.backends.reference",
+    "cpu": "nbhd.backends.cpu",
+}
+
+#: What ``backend="auto"`` tries, best first, for each type of device; other devices take the reference.
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+}
+
+#: Scores (batch * positions * heads * window) from which running on the reference for want of better is said aloud.
+LARGE_CALL = 1 << 26
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend is asked to judge: the tensors and the neighborhood."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rel_pos_bias: Tensor | None
+    neighborhood: Neighborhood
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module.
+
+    Raises:
+        ArgumentError: there is no backend of this name.
+    """
+    if name not in MODULES:
+        raise ArgumentError(f"backend must be 'auto' or one of {', '.join(map(repr, MODULES))}, got {name!r}.")
+    return importlib.import_module(MODULES[name])
+
+
+def order(device_type: str) -> tuple[str, ...]:
+    """The names ``backend="auto"`` tries on a device type, best first."""
+    return ORDER.get(device_type, ("reference",))
+
+
+def choose(name: str, call: Call) -> ModuleType:
+    """The backend that runs ``call``: the named one, or for ``"auto"`` the first that can.
+
+    Raises:
+        ArgumentError: there is no backend of this name.
+        BackendError: the named backend cannot run the call; the message says why.
+    """
+    if name != "auto":
+        backend = load(name)
+        reason = backend.why_unusable() or backend.why_not(call)
+        if reason is not None:
+            raise BackendError(
+                f"backend {name!r} cannot run this call: {reason} Use backend='auto' to take another one."
+            )
+        return backend
+    reasons: list[str] = []
+    for candidate in order(call.query.device.type):
+        backend = load(candidate)
+        reason = backend.why_unusable() or backend.why_not(call)
+        if reason is None:
+            if candidate == "reference" and reasons:
+                _say_once(call, reasons)
+            return backend
+        reasons.append(f"{candidate}: {reason}")
+    raise BackendError(f"no backend can run this call on {call.query.device}: {' '.join(reasons)}")
+
+
+_said: set[str] = set()
+
+
+def _say_once(call: Call, reasons: list[str]) -> None:
+    # math.prod of plain ints: this runs only on real tensors
+    scores = math.prod(call.query.shape[:-1]) * call.neighborhood.slots
+    message = " ".join(reasons)
+    if scores < LARGE_CALL or message in _said or torch.compiler.is_compiling():
+        return
+    _said.add(message)
+    warnings.warn(f"nbhd runs a large call on the plain PyTorch reference, which is slow. {message}", stacklevel=2)

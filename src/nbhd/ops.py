@@ -1,0 +1,342 @@
+"""The operator as PyTorch sees it: schemas, fakes and autograd. No arithmetic of its own.
+
+    nbhd::na_forward      out, lse                          nbhd::na_backward       the gradients of both
+    nbhd::scores          the scores before the softmax     nbhd::scores_backward
+    nbhd::weighted_sum    weights times values              nbhd::weighted_sum_backward
+
+Each picks its backend when it runs, so a traced or exported graph is not tied to the machine that made it. The gradient
+of a backward op goes through the reference, which autograd differentiates to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbhd import backends
+from nbhd.backends import reference
+from nbhd.geometry import Neighborhood
+
+_GEOMETRY = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal"
+_QKV = "Tensor query, Tensor key, Tensor value, Tensor? rel_pos_bias"
+_SCHEMAS = {
+    "na_forward": f"({_QKV}, {_GEOMETRY}, float scale, str backend) -> (Tensor out, Tensor lse)",
+    "na_backward": f"(Tensor? d_out, Tensor? d_lse, {_QKV}, Tensor out, Tensor lse, {_GEOMETRY}, float scale,"
+    " str backend) -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_rel_pos_bias)",
+    "scores": f"(Tensor query, Tensor key, Tensor? rel_pos_bias, {_GEOMETRY}, float scale, str backend) -> Tensor",
+    "scores_backward": f"(Tensor d_scores, Tensor query, Tensor key, Tensor? rel_pos_bias, {_GEOMETRY}, float scale,"
+    " str backend) -> (Tensor d_query, Tensor d_key, Tensor d_rel_pos_bias)",
+    "weighted_sum": f"(Tensor weights, Tensor value, {_GEOMETRY}, str backend) -> Tensor",
+    "weighted_sum_backward": f"(Tensor d_out, Tensor weights, Tensor value, {_GEOMETRY}, str backend)"
+    " -> (Tensor d_weights, Tensor d_value)",
+}
+_library = torch.library.Library("nbhd", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+Ints = Sequence[int]
+Bools = Sequence[bool]
+Grad = Tensor | None
+
+
+def _neighborhood(kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools) -> Neighborhood:
+    return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last axis contiguous, which is all the layout that backends may rely on."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _bias_gradient(bias: Tensor | None, like: Tensor) -> Tensor:
+    """What stands for the gradient of a bias that is not there: an op cannot return None."""
+    return like.new_zeros(0) if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
+
+
+# ---- forward and backward
+# ----------------------------------------------------------------------------------------------
+
+
+def _na_forward(
+    query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, kernel_size: Ints, stride: Ints,
+    dilation: Ints, is_causal: Bools, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    if query.numel() == 0 or value.numel() == 0:
+        return _na_forward_fake(query, key, value)
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    call = backends.Call(query, key, value, rel_pos_bias, neighborhood)
+    out, lse = backends.choose(backend, call).forward(query, key, value, rel_pos_bias, neighborhood, scale)
+    return out, lse
+
+
+def _na_forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty([*query.shape[:-1], value.shape[-1]])
+    return out, query.new_empty(query.shape[:-1], dtype=reference.accumulation_dtype(query.dtype))
+
+
+def _na_backward(
+    d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, out: Tensor,
+    lse: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if query.numel() == 0 or value.numel() == 0:
+        zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        return zeros[0], zeros[1], zeros[2], _bias_gradient(rel_pos_bias, query)
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    chosen = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
+    d_query, d_key, d_value, d_bias = chosen.backward(
+        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale
+    )
+    return d_query, d_key, d_value, _bias_gradient(None, query) if d_bias is None else d_bias
+
+
+def _na_backward_fake(
+    d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_bias = query.new_empty(0 if rel_pos_bias is None else rel_pos_bias.shape)
+    d_bias = d_bias if rel_pos_bias is None else d_bias.to(rel_pos_bias.dtype)
+    return _empty(query), _empty(key), _empty(value), d_bias
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _na_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, rel_pos_bias, *options = inputs
+    ctx.save_for_backward(query, key, value, rel_pos_bias, *output)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _na_autograd(ctx: Any, d_out: Grad, d_lse: Grad) -> tuple[Any, ...]:
+    nothing = (None,) * 10
+    if d_out is None and d_lse is None:
+        return nothing
+    query, key, value, rel_pos_bias, out, lse = ctx.saved_tensors
+    d_query, d_key, d_value, d_bias = torch.ops.nbhd.na_backward(
+        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, *ctx.options
+    )
+    return d_query, d_key, d_value, None if rel_pos_bias is None else d_bias, *nothing[4:]
+
+
+def _na_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    d_out, d_lse, query, key, value, rel_pos_bias, _out, _lse, *options = inputs
+    ctx.save_for_backward(d_out, d_lse, query, key, value, rel_pos_bias)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _na_backward_autograd(ctx: Any, *gradients: Grad) -> tuple[Any, ...]:
+    d_out, d_lse, query, key, value, rel_pos_bias = ctx.saved_tensors
+    *geometry, scale, _ = ctx.options
+
+    def first_order(d_out: Grad, d_lse: Grad, *arguments: Grad) -> list[Grad]:
+        q, k, v, bias = arguments
+        assert q is not None and k is not None and v is not None
+        out, lse = reference.attend(q, k, v, bias, _neighborhood(*geometry), scale)
+        results, grads = zip(*((r, g) for r, g in ((out, d_out), (lse, d_lse)) if g is not None), strict=True)
+        present = [t for t in arguments if t is not None]
+        found = iter(torch.autograd.grad(results, present, grads, create_graph=True))
+        return [None if t is None else next(found) for t in arguments]
+
+    inputs = [d_out, d_lse, query, key, value, rel_pos_bias]
+    return (*_differentiate(first_order, inputs, gradients), None, None, *(None,) * len(ctx.options))
+
+
+def _differentiate(first_order: Any, inputs: list[Grad], gradients: Sequence[Grad]) -> list[Grad]:
+    """The gradients of ``first_order(*inputs)``, which is itself a gradient, for the incoming ``gradients``."""
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that leaves and tensors with a history are treated alike and the graph stays connected for the next
+        # order.
+        inputs = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs
+        ]
+        pairs = [
+            (o, g)
+            for o, g in zip(first_order(*inputs), gradients, strict=True)
+            if o is not None and g is not None and o.requires_grad
+        ]
+        present = [t for t in inputs if t is not None]
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, present, grads, create_graph=wanted, allow_unused=True))
+        return [None if t is None else next(found) for t in inputs]
+
+
+# ---- the unfused pair
+# --------------------------------------------------------------------------------------------------
+
+
+def _unfused(name: str, backend: str, call: backends.Call) -> Any:
+    """The function ``name`` of the first backend that has it."""
+    chosen = backends.choose(backend, call)
+    return getattr(chosen, name, None) or getattr(reference, name)
+
+
+def _scores(
+    query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, kernel_size: Ints, stride: Ints, dilation: Ints,
+    is_causal: Bools, scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    if query.numel() == 0:
+        return _scores_fake(query, key, rel_pos_bias, kernel_size)
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    query, key = _rows(query), _rows(key)
+    run = _unfused("scores", backend, backends.Call(query, key, key, rel_pos_bias, neighborhood))
+    result: Tensor = run(query, key, rel_pos_bias, neighborhood, scale)
+    return result
+
+
+def _scores_fake(query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, kernel_size: Ints, *_: Any) -> Tensor:
+    slots = 1
+    for k in kernel_size:
+        slots = slots * k
+    return query.new_empty([*query.shape[:-1], slots])
+
+
+def _scores_backward(
+    d_scores: Tensor, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, kernel_size: Ints, stride: Ints,
+    dilation: Ints, is_causal: Bools, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if query.numel() == 0:
+        return torch.zeros_like(query), torch.zeros_like(key), _bias_gradient(rel_pos_bias, query)
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    query, key = _rows(query), _rows(key)
+    run = _unfused("scores_backward", backend, backends.Call(query, key, key, rel_pos_bias, neighborhood))
+    d_query, d_key, d_bias = run(_rows(d_scores), query, key, rel_pos_bias, neighborhood, scale)
+    return d_query, d_key, _bias_gradient(None, query) if d_bias is None else d_bias
+
+
+def _scores_backward_fake(
+    d_scores: Tensor, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_bias = query.new_empty(0) if rel_pos_bias is None else _empty(rel_pos_bias)
+    return _empty(query), _empty(key), d_bias
+
+
+def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, rel_pos_bias, *options = inputs
+    ctx.save_for_backward(query, key, rel_pos_bias)
+    ctx.options = options
+
+
+def _scores_autograd(ctx: Any, d_scores: Tensor) -> tuple[Any, ...]:
+    query, key, rel_pos_bias = ctx.saved_tensors
+    d_query, d_key, d_bias = torch.ops.nbhd.scores_backward(d_scores, query, key, rel_pos_bias, *ctx.options)
+    return d_query, d_key, None if rel_pos_bias is None else d_bias, *(None,) * len(ctx.options)
+
+
+def _scores_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    d_scores, query, key, rel_pos_bias, *options = inputs
+    ctx.save_for_backward(d_scores, query, key, rel_pos_bias)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _scores_backward_autograd(ctx: Any, *gradients: Grad) -> tuple[Any, ...]:
+    *geometry, scale, _ = ctx.options
+
+    def first_order(d_scores: Tensor, *arguments: Grad) -> list[Grad]:
+        q, k, bias = arguments
+        assert q is not None and k is not None
+        present = [t for t in arguments if t is not None]
+        result = reference.scores(q, k, bias, _neighborhood(*geometry), scale)
+        found = iter(torch.autograd.grad(result, present, d_scores, create_graph=True))
+        return [None if t is None else next(found) for t in arguments]
+
+    return (*_differentiate(first_order, list(ctx.saved_tensors), gradients), *(None,) * len(ctx.options))
+
+
+def _weighted_sum(
+    weights: Tensor, value: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools, backend: str
+) -> Tensor:
+    if weights.numel() == 0 or value.numel() == 0:
+        return _weighted_sum_fake(weights, value)
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    weights, value = _rows(weights), _rows(value)
+    run = _unfused("weighted_sum", backend, backends.Call(_as_query(weights, value), value, value, None, neighborhood))
+    result: Tensor = run(weights, value, neighborhood)
+    return result
+
+
+def _as_query(weights: Tensor, value: Tensor) -> Tensor:
+    """A tensor with the shape the query of this call had, for a backend to judge: no memory behind it."""
+    return weights[..., :1].expand(*weights.shape[:-1], value.shape[-1])
+
+
+def _weighted_sum_fake(weights: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return value.new_empty([*weights.shape[:-1], value.shape[-1]])
+
+
+def _weighted_sum_backward(
+    d_out: Tensor, weights: Tensor, value: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if weights.numel() == 0 or value.numel() == 0:
+        return torch.zeros_like(weights), torch.zeros_like(value)
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    weights, value = _rows(weights), _rows(value)
+    call = backends.Call(_as_query(weights, value), value, value, None, neighborhood)
+    d_weights, d_value = _unfused("weighted_sum_backward", backend, call)(_rows(d_out), weights, value, neighborhood)
+    return d_weights, d_value
+
+
+def _weighted_sum_backward_fake(d_out: Tensor, weights: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty(weights), _empty(value)
+
+
+def _weighted_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, value, *options = inputs
+    ctx.save_for_backward(weights, value)
+    ctx.options = options
+
+
+def _weighted_sum_autograd(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    weights, value = ctx.saved_tensors
+    d_weights, d_value = torch.ops.nbhd.weighted_sum_backward(d_out, weights, value, *ctx.options)
+    return d_weights, d_value, *(None,) * len(ctx.options)
+
+
+def _weighted_sum_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    d_out, weights, value, *options = inputs
+    ctx.save_for_backward(d_out, weights, value)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _weighted_sum_backward_autograd(ctx: Any, *gradients: Grad) -> tuple[Any, ...]:
+    *geometry, _ = ctx.options
+
+    def first_order(d_out: Tensor, weights: Tensor, value: Tensor) -> list[Grad]:
+        result = reference.weighted_sum(weights, value, _neighborhood(*geometry))
+        return list(torch.autograd.grad(result, (weights, value), d_out, create_graph=True))
+
+    return (*_differentiate(first_order, list(ctx.saved_tensors), gradients), *(None,) * len(ctx.options))
+
+
+def _register(name: str, run: Any, fake: Any, setup: Any, backward: Any) -> None:
+    qualified = f"nbhd::{name}"
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
+
+
+_register("na_forward", _na_forward, _na_forward_fake, _na_setup, _na_autograd)
+_register("na_backward", _na_backward, _na_backward_fake, _na_backward_setup, _na_backward_autograd)
+_register("scores", _scores, _scores_fake, _scores_setup, _scores_autograd)
+_register("scores_backward", _scores_backward, _scores_backward_fake, _scores_backward_setup, _scores_backward_autograd)
+_register("weighted_sum", _weighted_sum, _weighted_sum_fake, _weighted_sum_setup, _weighted_sum_autograd)
+_register(
+    "weighted_sum_backward",
+    _weighted_sum_backward,
+    _weighted_sum_backward_fake,
+    _weighted_sum_backward_setup,
+    _weighted_sum_backward_autograd,
+)

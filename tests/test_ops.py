@@ -1,0 +1,200 @@
+"""The operator as PyTorch's machinery meets it: opcheck, compile, export, transforms, both modes of differentiation."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import nbhd
+from tests.cases import NAMED
+
+OPERATORS = {1: nbhd.na1d, 2: nbhd.na2d, 3: nbhd.na3d}
+SETTINGS = ["1d-causal-stride-dilation-bias", "2d-not-square", "2d-wide-value", "2d-grouped-heads", "3d-causal-time"]
+
+
+def arguments(name: str, dtype: torch.dtype = torch.float64, requires_grad: bool = True):
+    case = NAMED[name]
+    tensors = {n: t.requires_grad_(requires_grad) for n, t in case.tensors(dtype).items()}
+    return case, tensors["query"], tensors["key"], tensors["value"], tensors.get("rel_pos_bias")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("1d-causal-stride-dilation-bias", "auto"), ("2d-minimum", "auto"), ("2d-minimum", "reference"), ("3d", "auto")],
+)
+def test_opcheck(name, backend):
+    case, query, key, value, bias = arguments(name)
+    options = (*case.geometry, 0.5, backend)
+    ops = torch.ops.nbhd
+    out, lse = ops.na_forward(query, key, value, bias, *options)
+    d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
+    scores = ops.scores(query, key, bias, *options)
+    weights = torch.softmax(scores, -1).detach().requires_grad_()
+    no_scale = (*case.geometry, backend)
+    calls = [
+        (ops.na_forward.default, (query, key, value, bias, *options)),
+        (ops.na_backward.default, (d_out, d_lse, query, key, value, bias, out.detach(), lse.detach(), *options)),
+        (ops.scores.default, (query, key, bias, *options)),
+        (ops.scores_backward.default, (torch.randn_like(scores), query, key, bias, *options)),
+        (ops.weighted_sum.default, (weights, value, *no_scale)),
+        (ops.weighted_sum_backward.default, (d_out, weights, value, *no_scale)),
+    ]
+    for op, args in calls:
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_fakes_promise_what_comes(name):
+    """Shape, dtype and strides of every op, with tensors that are not contiguous and a bias of another dtype."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    case, query, key, value, bias = arguments(name, torch.float32, requires_grad=False)
+    query = query.transpose(1, -2).contiguous().transpose(1, -2)
+    bias = None if bias is None else bias.double()
+    options = (*case.geometry, 0.5, "auto")
+    real = [query, key, value, bias]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = [None if t is None else mode.from_tensor(t) for t in real]
+
+    def everything(query, key, value, bias):
+        out, lse = torch.ops.nbhd.na_forward(query, key, value, bias, *options)
+        gradients = torch.ops.nbhd.na_backward(out, None, query, key, value, bias, out, lse, *options)
+        scores = torch.ops.nbhd.scores(query, key, bias, *options)
+        return [out, lse, *gradients, scores, *torch.ops.nbhd.scores_backward(scores, query, key, bias, *options)]
+
+    expected = everything(*real)
+    with mode:
+        promised = everything(*fake)
+    for one, other in zip(promised, expected, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, kernel_size: int = 3, dilation: int = 1) -> None:
+        super().__init__()
+        self.rpb = torch.nn.Parameter(torch.randn(2, 2 * kernel_size - 1, 2 * kernel_size - 1))
+        self.kernel_size, self.dilation = kernel_size, dilation
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        options = (self.kernel_size, 1, self.dilation)
+        out, lse = nbhd.na2d(query, key, value, *options, rel_pos_bias=self.rpb, return_lse=True)
+        weights = nbhd.attention_weights(query, key, *options, rel_pos_bias=self.rpb)
+        return out, lse, nbhd.apply_attention_weights(weights, value, *options)
+
+
+def maps(x: int, y: int, batch: int = 1) -> tuple[Tensor, ...]:
+    torch.manual_seed(x * 100 + y)
+    return tuple(torch.randn(batch, x, y, 2, 4, requires_grad=True) for _ in range(3))
+
+
+def test_compiles_without_graph_breaks_and_recompiles_at_most_once_for_new_map_sizes():
+    torch._dynamo.reset()
+    layer = Layer()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for x, y in ((5, 6), (7, 6), (9, 11), (8, 13), (20, 3)):
+        inputs = maps(x, y)
+        for one, other in zip(compiled(*inputs), layer(*inputs), strict=True):
+            torch.testing.assert_close(one, other)
+        gradients = torch.autograd.grad(sum(t.sum() for t in compiled(*inputs)), (*inputs, layer.rpb))
+        expected = torch.autograd.grad(sum(t.sum() for t in layer(*inputs)), (*inputs, layer.rpb))
+        for one, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    # One graph for the first size, one with symbols for the rest (a second where a length changes alone first).
+    assert counter.frame_count <= 3
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    layer = Layer()
+    inputs = maps(6, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whatever the compiler says of this machine
+        compiled = torch.compile(layer, fullgraph=True)(*inputs)
+    for one, other in zip(compiled, layer(*inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_wrong_call_inside_a_compiled_function_still_says_why():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: nbhd.na2d(q, q, q, 9), backend="eager")
+    with pytest.raises(Exception, match="axis X has 5 positions, but kernel_size 9"):
+        compiled(torch.zeros(1, 5, 12, 1, 4))
+
+
+def test_exports_with_every_length_dynamic():
+    batch, x, y = (torch.export.Dim(n, min=m) for n, m in (("batch", 1), ("x", 6), ("y", 6)))
+    shape = {0: batch, 1: x, 2: y}
+    layer = Layer(dilation=2)
+    with torch.no_grad():
+        program = torch.export.export(layer, maps(7, 8, 2), dynamic_shapes=(shape, shape, shape))
+        for size in ((6, 6, 1), (13, 9, 3)):
+            inputs = maps(*size)
+            for one, other in zip(program.module()(*inputs), layer(*inputs), strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_torch_func_transforms():
+    """vmap, grad, jacobians both ways and a Hessian, each against plain autograd or a loop."""
+    case, query, key, value, bias = arguments("2d-minimum", requires_grad=False)
+
+    def loss(query, key, value, bias):
+        out, lse = nbhd.na2d(query, key, value, *case.geometry, rel_pos_bias=bias, return_lse=True)
+        return out.square().sum() + lse.sum()
+
+    inputs = [t.clone().requires_grad_() for t in (query, key, value, bias)]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    for one, other in zip(torch.func.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, bias), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+    stack = torch.stack([query, query * 2, -query])
+    mapped = torch.vmap(lambda q: nbhd.na2d(q, key, value, *case.geometry, rel_pos_bias=bias))(stack)
+    for one, q in zip(mapped, stack, strict=True):
+        torch.testing.assert_close(one, nbhd.na2d(q, key, value, *case.geometry, rel_pos_bias=bias))
+
+    def out(query):
+        return nbhd.na2d(query, key, value, *case.geometry, rel_pos_bias=bias)
+
+    torch.testing.assert_close(torch.func.jacrev(out)(query), torch.func.jacfwd(out)(query))
+
+    def of_key(key):
+        return loss(query, key, value, bias)
+
+    torch.testing.assert_close(
+        torch.func.hessian(of_key)(key), torch.autograd.functional.hessian(of_key, key, vectorize=False)
+    )
+    per_sample = torch.vmap(torch.func.grad(lambda q: out(q).sum()))(stack)
+    for one, q in zip(per_sample, stack, strict=True):
+        torch.testing.assert_close(one, torch.func.grad(lambda q: out(q).sum())(q))
+
+
+def test_forward_mode_differentiation():
+    _case, query, key, value, _ = arguments("1d", requires_grad=False)
+    tangent = torch.randn_like(key)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(key, tangent)
+        derivative = torch.autograd.forward_ad.unpack_dual(nbhd.na1d(query, dual, value, 3)).tangent
+    step = 1e-6
+    numeric = (nbhd.na1d(query, key + step * tangent, value, 3) - nbhd.na1d(query, key - step * tangent, value, 3)) / (
+        2 * step
+    )
+    torch.testing.assert_close(derivative, numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_only_the_log_sum_exp_in_use():
+    case, query, key, value, bias = arguments("2d-not-square")
+    _, lse = nbhd.na2d(query, key, value, *case.geometry, rel_pos_bias=bias, return_lse=True)
+    d_query, d_key, d_bias = torch.autograd.grad(lse.sum(), (query, key, bias))
+    torch.testing.assert_close(d_bias.sum((1, 2)), torch.full((2,), 40.0, dtype=torch.float64))  # 5 x 8 queries
+    assert d_query.abs().sum() > 0 and d_key.abs().sum() > 0
+
+
+def test_activation_checkpointing_and_deepcopy():
+    layer = nbhd.nn.NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+    x = torch.randn(2, 5, 6, 8, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).sum(), x)[0]
+    saved = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(saved.sum(), x)[0], plain)
