@@ -1,0 +1,84 @@
+/* nbhd: neighborhood attention on CPUs, the C interface.
+ *
+ * One call is one struct passed by pointer. Its first field is its size, so that a library can serve callers built
+ * against an older header. Every entry point checks what it is given and answers with a status; none throws, aborts or
+ * keeps a pointer after it returns.
+ *
+ * Axes are always three, [Z, Y, X]; a 2D map has length 1 and kernel size 1 along Z, a sequence along Z and Y.
+ */
+#ifndef NBHD_H
+#define NBHD_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#if defined(NBHD_BUILD)
+#define NBHD_API __declspec(dllexport)
+#else
+#define NBHD_API __declspec(dllimport)
+#endif
+#else
+#define NBHD_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define NBHD_ABI_VERSION 1
+
+enum {
+    NBHD_OK = 0,
+    NBHD_BAD_STRUCT = 1,    /* null, or a size this library does not know */
+    NBHD_BAD_DTYPE = 2,
+    NBHD_BAD_SHAPE = 3,     /* a length, head count or channel count out of range */
+    NBHD_BAD_GEOMETRY = 4,  /* an axis table with an interval outside the axis, or out of order */
+    NBHD_BAD_POINTER = 5,   /* a required pointer is null or misaligned for its type */
+    NBHD_OUT_OF_MEMORY = 6,
+    NBHD_UNSUPPORTED = 7    /* no kernels for this machine, or a struct field from the future is in use */
+};
+
+enum { NBHD_FLOAT32 = 0, NBHD_BFLOAT16 = 1, NBHD_FLOAT16 = 2, NBHD_FLOAT64 = 3 };
+
+/* Channels are contiguous; the other strides count elements, in the order batch, Z, Y, X, head. */
+typedef struct nbhd_tensor {
+    void *data;
+    int64_t stride[5];
+} nbhd_tensor;
+
+/* Calls body(begin, end, context) on disjoint ranges that cover [begin, end): the signature of torch_parallel_for. */
+typedef void (*nbhd_range_body)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*nbhd_parallel_for)(int64_t begin, int64_t end, int64_t grain, nbhd_range_body body, void *context);
+
+/* One forward or backward pass. "real" below is double for NBHD_FLOAT64 and float for every other dtype. */
+typedef struct nbhd_call {
+    int64_t size;  /* sizeof(nbhd_call) of the caller */
+    int64_t dtype; /* of query, key, value, out and their gradients */
+    int64_t batch, heads, kv_heads, dim, dim_v;
+    int64_t length[3], kernel_size[3], dilation[3];
+    /* Per axis and position: the position of the first key, and how many keys follow it in steps of the dilation. */
+    const int64_t *first[3], *count[3];
+    double scale;
+    nbhd_tensor query, key, value, out; /* out: written by the forward, not read by the backward */
+    void *lse;                          /* real [batch, Z, Y, X, heads], dense; written by the forward, read by the backward */
+    const void *rel_pos_bias;           /* real [heads, 2 kz - 1, 2 ky - 1, 2 kx - 1], dense, or null */
+    /* the backward only */
+    nbhd_tensor d_out, d_query, d_key, d_value;
+    const void *d_lse;                  /* like lse, or null */
+    void *d_rel_pos_bias;               /* like rel_pos_bias, written; or null */
+    /* threads: parallel_for of the host (null: threads of the library's own), at most `threads` at once */
+    nbhd_parallel_for parallel_for;
+    int64_t threads;
+} nbhd_call;
+
+NBHD_API int32_t nbhd_forward(const nbhd_call *call);
+NBHD_API int32_t nbhd_backward(const nbhd_call *call);
+
+NBHD_API int32_t nbhd_abi_version(void);
+NBHD_API const char *nbhd_isa(void);                 /* the instruction set in use: "avx512", "avx2", "baseline", "neon" or "none" */
+NBHD_API const char *nbhd_status_text(int32_t status);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

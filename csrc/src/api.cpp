@@ -1,0 +1,176 @@
+// The C interface: check a call, put it into the kernels' terms, run it.
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "../include/nbhd.h"
+#include "dispatch.h"
+
+namespace nbhd {
+namespace {
+
+constexpr int64_t most = int64_t(1) << 30;     // of any one length; products are checked on their own
+constexpr int64_t most_window = int64_t(1) << 26; // slots of a window: a row of scores has to fit memory
+
+// Interval tables in places of the dilation groups, all axes.
+struct Tables {
+    std::vector<int32_t> first[3], count[3];
+};
+
+bool to_places(const nbhd_call &c, int a, Tables &tables) {
+    const int64_t length = c.length[a], d = c.dilation[a], kernel = c.kernel_size[a];
+    const int64_t *first = c.first[a], *count = c.count[a];
+    tables.first[a].resize(size_t(length)), tables.count[a].resize(size_t(length));
+    int32_t *to_first = tables.first[a].data(), *to_count = tables.count[a].data();
+    for (int64_t g = 0; g < d; g++) {
+        int64_t covered = 0, begin = 0, places = (length - g + d - 1) / d;
+        for (int64_t x = g; x < length; x += d) {
+            const int64_t f = first[x], n = count[x];
+            if (f < g || f >= length || (f - g) % d || n < 1 || n > kernel) return false;
+            const int64_t p = (f - g) / d;
+            // never down along the axis, and no key that nobody sees
+            if (p < begin || p > covered || p + n < covered || p + n > places) return false;
+            begin = p, covered = p + n;
+            *to_first++ = int32_t(p), *to_count++ = int32_t(n);
+        }
+        if (covered != places) return false;
+    }
+    return true;
+}
+
+// Every index into the bias table is inside it.
+bool bias_fits(const nbhd_call &c, int a, const Tables &tables) {
+    const int64_t length = c.length[a], d = c.dilation[a], kernel = c.kernel_size[a];
+    size_t i = 0;
+    for (int64_t g = 0; g < d; g++)
+        for (int64_t u = 0; g + u * d < length; u++, i++) {
+            const int64_t low = tables.first[a][i] - u + kernel - 1, high = low + tables.count[a][i] - 1;
+            if (low < 0 || high > 2 * kernel - 2) return false;
+        }
+    return true;
+}
+
+bool product_fits(std::initializer_list<int64_t> factors, int64_t limit) {
+    int64_t n = 1;
+    for (int64_t f : factors) {
+        if (f < 1 || n > limit / f) return false;
+        n *= f;
+    }
+    return true;
+}
+
+int32_t check_shape(const nbhd_call &c) {
+    if (c.batch < 0 || c.batch > most) return NBHD_BAD_SHAPE;
+    for (int64_t n : {c.heads, c.kv_heads, c.dim, c.dim_v})
+        if (n < 1 || n > (1 << 20)) return NBHD_BAD_SHAPE;
+    if (c.heads % c.kv_heads) return NBHD_BAD_SHAPE;
+    for (int a = 0; a < 3; a++) {
+        if (c.length[a] < 1 || c.length[a] > most || c.kernel_size[a] < 1 || c.dilation[a] < 1) return NBHD_BAD_SHAPE;
+        if (c.kernel_size[a] > c.length[a] || c.dilation[a] > c.length[a] / c.kernel_size[a]) return NBHD_BAD_GEOMETRY;
+        if (!c.first[a] || !c.count[a]) return NBHD_BAD_POINTER;
+    }
+    const int64_t d = c.dim > c.dim_v ? c.dim : c.dim_v;
+    if (!product_fits({c.batch > 0 ? c.batch : 1, c.length[0], c.length[1], c.length[2], c.heads, d}, int64_t(1) << 48)) return NBHD_BAD_SHAPE;
+    if (!product_fits({c.kernel_size[0], c.kernel_size[1], c.kernel_size[2]}, most_window)) return NBHD_BAD_SHAPE;
+    if (!(c.scale == c.scale) || c.scale - c.scale != 0) return NBHD_BAD_SHAPE;
+    return NBHD_OK;
+}
+
+bool aligned(const void *p, size_t size) { return p && reinterpret_cast<uintptr_t>(p) % size == 0; }
+
+Tensor tensor(const nbhd_tensor &t) {
+    return Tensor{t.data, t.stride[0], {t.stride[1], t.stride[2], t.stride[3]}, t.stride[4]};
+}
+
+int32_t run(const nbhd_call *call, bool backward) {
+    if (!call || call->size < int64_t(sizeof(nbhd_call))) return NBHD_BAD_STRUCT;
+    if (call->size > int64_t(sizeof(nbhd_call))) { // a newer caller: fine while what we do not know is zero
+        if (call->size > 4096) return NBHD_BAD_STRUCT;
+        const char *rest = reinterpret_cast<const char *>(call) + sizeof(nbhd_call);
+        for (int64_t i = 0; i < call->size - int64_t(sizeof(nbhd_call)); i++)
+            if (rest[i]) return NBHD_UNSUPPORTED;
+    }
+    const nbhd_call &c = *call;
+    if (c.dtype < NBHD_FLOAT32 || c.dtype > NBHD_FLOAT64) return NBHD_BAD_DTYPE;
+    if (const int32_t status = check_shape(c)) return status;
+    const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4, element = c.dtype == NBHD_FLOAT64 ? 8 : c.dtype == NBHD_FLOAT32 ? 4 : 2;
+    if (c.batch > 0) {
+        if (!aligned(c.query.data, element) || !aligned(c.key.data, element) || !aligned(c.value.data, element) || !aligned(c.lse, real))
+            return NBHD_BAD_POINTER;
+        if (!backward && !aligned(c.out.data, element)) return NBHD_BAD_POINTER;
+        if (backward && (!aligned(c.d_out.data, element) || !aligned(c.d_query.data, element) || !aligned(c.d_key.data, element) ||
+                         !aligned(c.d_value.data, element)))
+            return NBHD_BAD_POINTER;
+    }
+    if (c.rel_pos_bias && !aligned(c.rel_pos_bias, real)) return NBHD_BAD_POINTER;
+    if (backward && c.d_lse && !aligned(c.d_lse, real)) return NBHD_BAD_POINTER;
+    if (backward && c.d_rel_pos_bias && (!c.rel_pos_bias || !aligned(c.d_rel_pos_bias, real))) return NBHD_BAD_POINTER;
+
+    Tables tables;
+    for (int a = 0; a < 3; a++) {
+        if (!to_places(c, a, tables)) return NBHD_BAD_GEOMETRY;
+        if (c.rel_pos_bias && !bias_fits(c, a, tables)) return NBHD_BAD_GEOMETRY;
+    }
+    Problem p{};
+    p.dtype = Dtype(c.dtype), p.batch = c.batch;
+    p.heads = int(c.heads), p.kv_heads = int(c.kv_heads), p.dim = int(c.dim), p.dim_v = int(c.dim_v);
+    for (int a = 0; a < 3; a++)
+        p.axis[a] = Axis{int(c.length[a]), int(c.kernel_size[a]), int(c.dilation[a]), tables.first[a].data(), tables.count[a].data()};
+    p.scale = c.scale;
+    p.query = tensor(c.query), p.key = tensor(c.key), p.value = tensor(c.value), p.out = tensor(c.out);
+    p.lse = c.lse, p.bias = c.rel_pos_bias;
+    if (backward) {
+        p.d_out = tensor(c.d_out), p.d_query = tensor(c.d_query), p.d_key = tensor(c.d_key), p.d_value = tensor(c.d_value);
+        p.d_lse = c.d_lse, p.d_bias = c.d_rel_pos_bias;
+    }
+    const InstructionSet *set = instruction_set();
+    if (!set) return NBHD_UNSUPPORTED;
+    if (c.batch == 0) { // no query: the bias gradient is an empty sum
+        if (p.d_bias) memset(p.d_bias, 0, size_t(p.heads) * size_t(p.bias_rows()) * size_t(p.bias_columns()) * real);
+        return NBHD_OK;
+    }
+    const Kernels &kernels = p.dtype == Dtype::float64 ? *set->f64 : *set->f32;
+    const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1 ? 1 : c.threads > 1024 ? 1024 : c.threads};
+    return (backward ? kernels.backward : kernels.forward)(p, threads) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
+}
+
+int32_t guarded(const nbhd_call *call, bool backward) noexcept {
+    try {
+        return run(call, backward);
+    } catch (const std::bad_alloc &) {
+        return NBHD_OUT_OF_MEMORY;
+    } catch (...) {
+        return NBHD_UNSUPPORTED;
+    }
+}
+
+} // namespace
+} // namespace nbhd
+
+extern "C" {
+
+int32_t nbhd_forward(const nbhd_call *call) { return nbhd::guarded(call, false); }
+int32_t nbhd_backward(const nbhd_call *call) { return nbhd::guarded(call, true); }
+int32_t nbhd_abi_version(void) { return NBHD_ABI_VERSION; }
+
+const char *nbhd_isa(void) {
+    const nbhd::InstructionSet *set = nbhd::instruction_set();
+    return set ? set->name : "none";
+}
+
+const char *nbhd_status_text(int32_t status) {
+    switch (status) {
+    case NBHD_OK: return "ok";
+    case NBHD_BAD_STRUCT: return "the call struct is null or of an unknown size";
+    case NBHD_BAD_DTYPE: return "unknown dtype";
+    case NBHD_BAD_SHAPE: return "a length, head count, channel count or the scale is out of range";
+    case NBHD_BAD_GEOMETRY: return "an axis table does not describe windows inside the axis";
+    case NBHD_BAD_POINTER: return "a required pointer is null or misaligned";
+    case NBHD_OUT_OF_MEMORY: return "out of memory";
+    case NBHD_UNSUPPORTED: return "no kernels for this machine, or NBHD_CPU_ISA names a set it does not have";
+    default: return "unknown status";
+    }
+}
+
+} // extern "C"

@@ -1,0 +1,16 @@
+// Which kernels this process uses: chosen once, at the first call.
+#pragma once
+#include "problem.h"
+
+namespace nbhd {
+
+struct InstructionSet {
+    const char *name;
+    bool (*usable)();
+    const Kernels *f32, *f64;
+};
+
+// The best instruction set this machine has, or the one NBHD_CPU_ISA names; null when there is none.
+const InstructionSet *instruction_set();
+
+} // namespace nbhd

@@ -1,0 +1,11 @@
+// The kernels for avx512, arithmetic in float. Compiled with that instruction set's flags (CMakeLists.txt).
+#define NBHD_ISA avx512_f32
+#define NBHD_DOUBLE 0
+#define NBHD_VECTOR_BYTES 64
+#define NBHD_REGISTERS 32
+#include "../kernels/backward_task.h"
+
+namespace nbhd {
+extern const Kernels avx512_f32_kernels;
+const Kernels avx512_f32_kernels{NBHD_ISA::forward, NBHD_ISA::backward};
+} // namespace nbhd

@@ -1,0 +1,11 @@
+// The kernels for neon, arithmetic in double. Compiled with that instruction set's flags (CMakeLists.txt).
+#define NBHD_ISA neon_f64
+#define NBHD_DOUBLE 1
+#define NBHD_VECTOR_BYTES 16
+#define NBHD_REGISTERS 32
+#include "../kernels/backward_task.h"
+
+namespace nbhd {
+extern const Kernels neon_f64_kernels;
+const Kernels neon_f64_kernels{NBHD_ISA::forward, NBHD_ISA::backward};
+} // namespace nbhd

@@ -1,0 +1,186 @@
+// The backward pass of a task. For each tile of queries: scores again, weights P from the log-sum-exp, dP = dO V^T,
+// dS = P (dP - sum P dP + d_lse), then dQ = dS K, dV += P^T dO, dK += dS^T Q. The forward's output is not read.
+//
+// Gradients of keys and values gather in a ring like the packed keys and leave it when no later tile sees them. Where a map is
+// cut into blocks, neighbours share key rows: they add to the tensor, first the even blocks of the leading axis, then the odd.
+#pragma once
+#include "forward.h"
+#include "key_gradient.h"
+
+namespace nbhd::NBHD_ISA {
+
+constexpr int backward_transposed = 2, backward_rows = 3; // K and V transposed; K, dK and dV as they are
+
+struct BackwardBuffers {
+    Ring ring;
+    Real *keys, *values;                          // transposed
+    Real *key_rows_copy, *d_keys, *d_values;      // natural
+    int64_t keys_head, values_head, key_head, value_head;
+    ColumnTile *columns;
+    int n_columns;
+    KeyRow *key_rows;
+    BiasTables bias;
+    Real *query, *d_out, *query_rows, *d_out_rows; // [row][channel][lane], [row][lane][channel]
+    Real *scores, *d_scores, *out;
+};
+
+static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
+    const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
+    int sets;
+    f.ring = make_ring(m, b);
+    f.n_columns = lay_out_columns(arena, m, b, f.columns, sets);
+    f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
+    const int slots = f.ring.shape.slots();
+    f.keys_head = slots * f.ring.transposed_row(p.dim), f.values_head = slots * f.ring.transposed_row(p.dim_v);
+    f.key_head = slots * f.ring.natural_row(p.dim), f.value_head = slots * f.ring.natural_row(p.dim_v);
+    f.keys = arena.take<Real>(kv_heads * f.keys_head + lanes);
+    f.values = arena.take<Real>(kv_heads * f.values_head + lanes);
+    f.key_rows_copy = arena.take<Real>(kv_heads * f.key_head);
+    f.d_keys = arena.take<Real>(kv_heads * f.key_head);
+    f.d_values = arena.take<Real>(kv_heads * f.value_head);
+    lay_out_bias(f.bias, arena, p, heads, sets, true);
+    f.query = arena.take<Real>(tile_rows * p.dim * lanes);
+    f.d_out = arena.take<Real>(tile_rows * p.dim_v * lanes);
+    f.query_rows = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
+    f.d_out_rows = arena.take<Real>(tile_rows * lanes * round_up(p.dim_v));
+    f.scores = arena.take<Real>((int64_t)tile_rows * p.window() * lanes);
+    f.d_scores = arena.take<Real>((int64_t)tile_rows * p.window() * lanes);
+    f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
+}
+
+template <class T> struct BackwardViews {
+    View<const T> query, key, value, d_out;
+    View<T> d_query;
+    View<Real> lse, d_lse;
+};
+
+// Weights, score gradients and the bias gradient of query row r.
+static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r, bool holes, Vec lse,
+                             Vec d_lse, int local_head, Real *d_bias) {
+    const int slots = p.window(), kernel = p.axis[2].kernel;
+    Real *s = f.scores + (int64_t)r * slots * lanes, *d = f.d_scores + (int64_t)r * slots * lanes;
+    if (holes) fill_holes(s, t, r, c, p, nothing), fill_holes(d, t, r, c, p, Real(0));
+    const Vec shift = d_lse - weights_and_delta(s, d, slots, lse);
+    if (!f.bias.present || !d_bias) return score_gradient(s, d, slots, shift);
+    // slots of one plane and the rows of the bias table they use both follow one another
+    const int bias_row = t.key[0].bias_row - r + t.shift[r], plane = p.axis[1].kernel * kernel;
+    const int bias_rows_y = 2 * p.axis[1].kernel - 1;
+    if (f.bias.expanded) {
+        for (int z = 0; z < t.z_count; z++) {
+            const int64_t at = (int64_t)z * plane * lanes;
+            score_gradient_and_add(s + at, d + at, t.y_count[r] * kernel, shift,
+                                   f.bias.sum_row(local_head, c.bias_set, bias_row + z * bias_rows_y));
+        }
+        return;
+    }
+    score_gradient(s, d, slots, shift);
+    for (int z = 0; z < t.z_count; z++)
+        for (int y = 0; y < t.y_count[r]; y++)
+            scatter_bias(c, d + ((int64_t)z * plane + y * kernel) * lanes, kernel,
+                         d_bias + ((int64_t)local_head * f.bias.rows + bias_row + z * bias_rows_y + y) * f.bias.columns);
+}
+
+template <class T>
+static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t, const ColumnTile &c,
+                          int local_kv_head, int head, int local_head, Real *d_bias) {
+    const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v);
+    const bool holes = has_holes(t, c, p);
+    for (int r = 0; r < t.n; r++) {
+        Real *q = f.query_rows + r * lanes * width, *g = f.d_out_rows + r * lanes * width_v;
+        pack_rows(v.query.at(t.z, t.y + r, c.x, head), v.query.x, c.n, p.dim, q, Real(p.scale) * log2_e);
+        pack_transposed(q, width, c.n, p.dim, f.query + r * p.dim * lanes, lanes, Real(1));
+        pack_rows(v.d_out.at(t.z, t.y + r, c.x, head), v.d_out.x, c.n, p.dim_v, g, Real(1));
+        pack_transposed(g, width_v, c.n, p.dim_v, f.d_out + r * p.dim_v * lanes, lanes, Real(1));
+    }
+    tile_scores(p, t, c, f.ring, f.query, p.dim, f.keys + local_kv_head * f.keys_head, &f.bias, local_head, f.scores, nullptr);
+    tile_scores(p, t, c, f.ring, f.d_out, p.dim_v, f.values + local_kv_head * f.values_head, nullptr, 0, f.d_scores, nullptr);
+    for (int r = 0; r < t.n; r++) {
+        Vec lse = splat(Real(1e30)), d_lse{}; // idle lanes: weights of zero
+        const Real *l = v.lse.at(t.z, t.y + r, c.x, head), *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, c.x, head) : nullptr;
+        for (int i = 0; i < c.n; i++) {
+            lse[i] = l[i * v.lse.x] * log2_e;
+            if (dl) d_lse[i] = dl[i * v.d_lse.x];
+        }
+        softmax_gradient(p, f, t, c, r, holes, lse, d_lse, local_head, d_bias);
+    }
+    WeightedSum s;
+    s.weights = f.d_scores, s.weights_row = (int64_t)slots * lanes, s.kernel = p.axis[2].kernel;
+    s.values = f.key_rows_copy + local_kv_head * f.key_head, s.ring_row = f.ring.natural_row(p.dim), s.width = width;
+    s.rows = &t, s.first = c.first, s.end = c.end, s.normaliser = nullptr, s.factor = Real(p.scale);
+    weighted_sum_to(s, c.n, v.d_query.at(t.z, t.y, c.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
+
+    KeyGradient g;
+    g.weights_row = (int64_t)slots * lanes, g.kernel = p.axis[2].kernel, g.rows = &t, g.first = c.first, g.end = c.end, g.n = c.n;
+    g.weights = f.scores, g.vectors = f.d_out_rows, g.vectors_row = lanes * width_v, g.width = width_v;
+    g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
+    key_gradient(g);
+    g.weights = f.d_scores, g.vectors = f.query_rows, g.vectors_row = lanes * width, g.width = width;
+    g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
+    key_gradient(g);
+}
+
+// Where the gradients of keys and values go: the tensors, or sums in Real when several blocks add to 16-bit ones.
+template <class T> struct GradientTarget {
+    View<T> d_key, d_value;
+    bool add;
+};
+
+template <class T, class G>
+static void backward_map(const Problem &p, const Map &m, const Block &b, const Task &task, BackwardBuffers &f,
+                         const GradientTarget<G> &target, Real *d_bias) {
+    BackwardViews<T> v{view<const T>(p.query, p, m),   view<const T>(p.key, p, m), view<const T>(p.value, p, m),
+                       view<const T>(p.d_out, p, m),   view<T>(p.d_query, p, m),   lse_view(p.lse, p, m),
+                       p.d_lse ? lse_view(p.d_lse, p, m) : View<Real>{}};
+    const int group = p.queries_per_kv_head(), width = round_up(p.dim), width_v = round_up(p.dim_v), kv_heads = task.head_end - task.head_begin;
+    Ring &ring = f.ring;
+    restart(ring, b);
+    memset(f.d_keys, 0, kv_heads * f.key_head * sizeof(Real));
+    memset(f.d_values, 0, kv_heads * f.value_head * sizeof(Real));
+
+    const auto pack = [&](int kz, int ky, int slot) {
+        for (int x = 0; x < ring.width; x += lanes)
+            for (int h = task.head_begin; h < task.head_end; h++) {
+                const int n = x + lanes < ring.width ? lanes : ring.width - x, local = h - task.head_begin;
+                Real *row = f.key_rows_copy + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
+                pack_rows(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim, row, Real(1));
+                pack_transposed(row, width, n, p.dim, f.keys + local * f.keys_head + slot * ring.transposed_row(p.dim) + x, ring.pitch,
+                                Real(1));
+                pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
+                                f.values + local * f.values_head + slot * ring.transposed_row(p.dim_v) + x, ring.pitch, Real(1));
+            }
+    };
+    const auto flush = [&](int kz, int ky, int slot) {
+        for (int x = 0; x < ring.width; x++)
+            for (int h = task.head_begin; h < task.head_end; h++) {
+                const int local = h - task.head_begin;
+                Real *dk = f.d_keys + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
+                Real *dv = f.d_values + local * f.value_head + slot * ring.natural_row(p.dim_v) + (int64_t)x * width_v;
+                // queries were packed times log2(e)
+                unpack_rows(dk, 1, p.dim, target.d_key.at(kz, ky, b.key_begin[2] + x, h), target.d_key.x, ln_2, target.add);
+                unpack_rows(dv, 1, p.dim_v, target.d_value.at(kz, ky, b.key_begin[2] + x, h), target.d_value.x, Real(1), target.add);
+                memset(dk, 0, width * sizeof(Real));
+                memset(dv, 0, width_v * sizeof(Real));
+            }
+    };
+    for (int z = b.begin[0]; z < b.end[0]; z++)
+        for (int y = b.begin[1]; y < b.end[1]; y += tile_rows) {
+            RowTile t;
+            t.key = f.key_rows;
+            const int n = y + tile_rows < b.end[1] ? tile_rows : b.end[1] - y;
+            row_tile(t, m.axis[0], m.axis[1], ring.shape, z, y, n);
+            int from, to;
+            leading_range(ring, m, z, y, n, from, to);
+            if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;
+            if (ring.packed < from) ring.packed = from;
+            if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
+            for (int i = 0; i < f.n_columns; i++)
+                for (int h = task.head_begin; h < task.head_end; h++)
+                    for (int q = 0; q < group; q++) {
+                        const int local = h - task.head_begin;
+                        backward_tile<T>(p, v, f, t, f.columns[i], local, h * group + q, local * group + q, d_bias);
+                    }
+        }
+    for_each_row(ring, b, ring.flushed, b.key_end[ring.shape.planes ? 0 : 1], flush);
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,207 @@
+// Cutting a call into tasks, and a task into blocks.
+//
+//      call     all images, heads and dilation groups
+//      map      one dilation group of one image: undilated, independent of every other map
+//      task     a range of maps x a range of key/value heads x a range of places along the leading axis
+//      block    a task's rows and columns, small enough for its packed keys to stay in the second-level cache
+//
+// The cuts depend on the shape alone, never on the number of threads: sums keep their order and results their bits.
+#pragma once
+#include "tile.h"
+
+namespace nbhd::NBHD_ISA {
+
+// Hands out aligned pieces of a buffer; with no buffer, only counts.
+struct Arena {
+    char *base = nullptr;
+    int64_t used = 0;
+    template <class T> T *take(int64_t n) {
+        T *p = base ? (T *)(base + used) : nullptr;
+        used += (n * (int64_t)sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+// A tensor seen from one map: places instead of positions.
+template <class T> struct View {
+    T *data;
+    int64_t z, y, x, head;
+    T *at(int64_t zi, int64_t yi, int64_t xi, int64_t h) const { return data + zi * z + yi * y + xi * x + h * head; }
+};
+
+struct Map {
+    int batch, group[3];
+    GroupAxis axis[3];
+};
+
+static GroupAxis group_axis(const Axis &a, int g) {
+    const int start = a.group_start(g);
+    return {a.group_length(g), a.kernel, a.first + start, a.count + start};
+}
+
+template <class T> static View<T> view(const Tensor &t, const Problem &p, const Map &m) {
+    View<T> v;
+    v.data = (T *)t.data + m.batch * t.batch;
+    for (int a = 0; a < 3; a++) v.data += m.group[a] * t.axis[a];
+    v.z = t.axis[0] * p.axis[0].dilation, v.y = t.axis[1] * p.axis[1].dilation, v.x = t.axis[2] * p.axis[2].dilation;
+    v.head = t.head;
+    return v;
+}
+
+// The log-sum-exp and its gradient are dense [batch, Z, Y, X, heads].
+static View<Real> lse_view(const void *data, const Problem &p, const Map &m) {
+    const int64_t h = p.heads, x = p.axis[2].length * h, y = p.axis[1].length * x, z = p.axis[0].length * y;
+    return view<Real>(Tensor{(void *)data, z, {y, x, h}, 1}, p, m);
+}
+
+struct Block {
+    int begin[3], end[3];        // query places
+    int key_begin[3], key_end[3]; // key places they see
+};
+
+static Block make_block(const Map &m, const int *begin, const int *end) {
+    Block b;
+    for (int a = 0; a < 3; a++) {
+        b.begin[a] = begin[a], b.end[a] = end[a];
+        b.key_begin[a] = m.axis[a].first[begin[a]], b.key_end[a] = m.axis[a].end(end[a] - 1);
+    }
+    return b;
+}
+
+// Keys of the block kept packed at a time. `row_step`: query rows a tile advances by.
+static RingShape ring_shape(const Map &m, const Block &b) {
+    RingShape r;
+    r.planes = m.axis[0].length > 1;
+    r.rows = r.planes ? b.key_end[1] - b.key_begin[1] : 1;
+    r.row_origin = r.planes ? b.key_begin[1] : 0;
+    r.span = 1;
+    const GroupAxis &lead = m.axis[r.planes ? 0 : 1];
+    const int lead_axis = r.planes ? 0 : 1, step = r.planes ? 1 : tile_rows;
+    for (int u = b.begin[lead_axis]; u < b.end[lead_axis]; u += step) {
+        const int last = u + step < b.end[lead_axis] ? u + step - 1 : b.end[lead_axis] - 1;
+        const int alive = lead.end(last) - lead.first[u];
+        if (alive > r.span) r.span = alive;
+    }
+    return r;
+}
+
+// Most key rows a tile of the block can see.
+static int most_key_rows(const Map &m, const Block &b) {
+    int z = 0, y = 0;
+    for (int u = b.begin[0]; u < b.end[0]; u++)
+        if (m.axis[0].count[u] > z) z = m.axis[0].count[u];
+    for (int u = b.begin[1]; u < b.end[1]; u += tile_rows) {
+        const int last = u + tile_rows < b.end[1] ? u + tile_rows - 1 : b.end[1] - 1, n = m.axis[1].end(last) - m.axis[1].first[u];
+        if (n > y) y = n;
+    }
+    return z * y;
+}
+
+struct Plan {
+    int heads_per_task, head_groups; // key/value heads
+    int64_t maps, maps_per_task, map_chunks;
+    int lead_axis, lead_blocks;      // cuts along the leading axis, each a task
+    int y_block, x_block;            // places of a block; y_block cuts 3D maps only
+    int64_t tasks() const { return map_chunks * head_groups * lead_blocks; }
+    bool shares_keys() const { return lead_blocks > 1 || several_blocks; }
+    bool several_blocks;             // a task's map has more than one block
+};
+
+// What a task is, by number.
+struct Task {
+    int64_t map_begin, map_end;
+    int head_begin, head_end, lead;
+};
+
+static Task task_of(const Plan &plan, const Problem &p, int64_t i) {
+    Task t;
+    t.lead = int(i % plan.lead_blocks), i /= plan.lead_blocks;
+    const int group = int(i % plan.head_groups);
+    i /= plan.head_groups;
+    t.head_begin = group * plan.heads_per_task;
+    t.head_end = t.head_begin + plan.heads_per_task < p.kv_heads ? t.head_begin + plan.heads_per_task : p.kv_heads;
+    t.map_begin = i * plan.maps / plan.map_chunks;
+    t.map_end = (i + 1) * plan.maps / plan.map_chunks;
+    return t;
+}
+
+// Maps are numbered group by group, so that a task meets one geometry after another and each for all its images.
+static Map map_of(const Problem &p, int64_t number) {
+    Map m;
+    m.batch = int(number % p.batch);
+    int64_t g = number / p.batch;
+    for (int a = 2; a >= 0; a--) {
+        m.group[a] = int(g % p.axis[a].dilation), g /= p.axis[a].dilation;
+        m.axis[a] = group_axis(p.axis[a], m.group[a]);
+    }
+    return m;
+}
+
+// Bytes of packed keys and values of a block of the largest map, for one head.
+static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int copies_transposed, int copies_rows) {
+    int begin[3] = {0, 0, 0}, end[3];
+    for (int a = 0; a < 3; a++) end[a] = m.axis[a].length;
+    if (plan.lead_axis == 0 && plan.y_block < end[1]) begin[1] = (end[1] - plan.y_block) / 2, end[1] = begin[1] + plan.y_block;
+    if (plan.x_block < end[2]) begin[2] = (end[2] - plan.x_block) / 2, end[2] = begin[2] + plan.x_block;
+    const Block b = make_block(m, begin, end);
+    const int64_t channels = round_up(p.dim > p.dim_v ? p.dim : p.dim_v), width = b.key_end[2] - b.key_begin[2];
+    return ring_shape(m, b).slots() * channels * (copies_transposed * (width + lanes) + copies_rows * width) * (int64_t)sizeof(Real);
+}
+
+// `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
+static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) {
+    constexpr int64_t cache = 256 * 1024; // half of a second-level cache
+    constexpr int64_t enough_tasks = 16;
+    Plan plan{};
+    plan.maps = p.batch;
+    for (int a = 0; a < 3; a++) plan.maps *= p.axis[a].dilation;
+    const Map m = map_of(p, 0); // the longest of all groups along every axis
+    plan.lead_axis = m.axis[0].length > 1 ? 0 : 1;
+    plan.y_block = m.axis[1].length, plan.x_block = m.axis[2].length;
+    const int y_least = 4 * tile_rows > m.axis[1].kernel ? 4 * tile_rows : m.axis[1].kernel;
+    const int x_least = 4 * lanes > m.axis[2].kernel ? 4 * lanes : m.axis[2].kernel;
+    while (ring_bytes(p, m, plan, copies_transposed, copies_rows) > cache) {
+        const bool cut_y = plan.lead_axis == 0 && plan.y_block > y_least, cut_x = plan.x_block > x_least;
+        if (!cut_y && !cut_x) break;
+        if (cut_x && (!cut_y || plan.x_block / lanes >= plan.y_block / tile_rows)) plan.x_block = round_up((plan.x_block + 1) / 2);
+        else plan.y_block = (plan.y_block / 2 + tile_rows - 1) / tile_rows * tile_rows;
+    }
+    plan.several_blocks = (plan.lead_axis == 0 && plan.y_block < m.axis[1].length) || plan.x_block < m.axis[2].length;
+
+    // As many neighbouring heads as fit: a token's channels lie side by side.
+    const int64_t bytes = ring_bytes(p, m, plan, copies_transposed, copies_rows);
+    plan.heads_per_task = 1;
+    while (plan.heads_per_task * 2 <= p.kv_heads && plan.heads_per_task * 2 * bytes <= cache) plan.heads_per_task *= 2;
+    // Enough tasks to keep many threads busy: images first, then heads, then places along the leading axis.
+    plan.lead_blocks = 1;
+    const auto groups = [&] { return (p.kv_heads + plan.heads_per_task - 1) / plan.heads_per_task; };
+    while (plan.heads_per_task > 1 && plan.maps * groups() < enough_tasks) plan.heads_per_task /= 2;
+    plan.head_groups = groups();
+    if (plan.maps * plan.head_groups < enough_tasks) {
+        const GroupAxis &lead = m.axis[plan.lead_axis];
+        const int least = 3 * lead.kernel > 4 * tile_rows ? 3 * lead.kernel : 4 * tile_rows;
+        const int64_t wanted = (enough_tasks + plan.maps * plan.head_groups - 1) / (plan.maps * plan.head_groups);
+        const int possible = lead.length / least;
+        plan.lead_blocks = int(wanted < possible ? wanted : possible > 1 ? possible : 1);
+    }
+    const int64_t parts = plan.head_groups * plan.lead_blocks, chunks = (enough_tasks + parts - 1) / parts;
+    plan.map_chunks = chunks < plan.maps ? chunks : plan.maps;
+    return plan;
+}
+
+// Calls visit(block) for the blocks of a task's map.
+template <class Visit> static void for_each_block(const Plan &plan, const Map &m, int lead, Visit visit) {
+    int begin[3] = {0, 0, 0}, end[3] = {m.axis[0].length, m.axis[1].length, m.axis[2].length};
+    const int64_t n = m.axis[plan.lead_axis].length;
+    begin[plan.lead_axis] = int(n * lead / plan.lead_blocks), end[plan.lead_axis] = int(n * (lead + 1) / plan.lead_blocks);
+    if (begin[plan.lead_axis] >= end[plan.lead_axis]) return;
+    const int y_begin = begin[1], y_end = end[1], y_step = plan.lead_axis == 0 ? plan.y_block : y_end - y_begin;
+    for (int y = y_begin; y < y_end; y += y_step)
+        for (int x = 0; x < m.axis[2].length; x += plan.x_block) {
+            begin[1] = y, end[1] = y + y_step < y_end ? y + y_step : y_end;
+            begin[2] = x, end[2] = x + plan.x_block < m.axis[2].length ? x + plan.x_block : m.axis[2].length;
+            visit(make_block(m, begin, end));
+        }
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,72 @@
+// Elements of the tensors and their conversion to and from Real. Sums always run in Real; 16-bit types are rounded to
+// nearest even at the last store.
+#pragma once
+#include "vec.h"
+
+namespace nbhd::NBHD_ISA {
+
+#if !NBHD_DOUBLE // 16-bit tensors are computed in float
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+typedef uint16_t Half __attribute__((vector_size(lanes * 2)));
+typedef Half UnalignedHalf __attribute__((aligned(2), may_alias));
+typedef uint32_t UInt __attribute__((vector_size(lanes * 4)));
+
+NBHD_INLINE Vec load(const BFloat16 *p) {
+    return (Vec)(__builtin_convertvector((Half) * (const UnalignedHalf *)p, UInt) << 16);
+}
+
+NBHD_INLINE void store(BFloat16 *p, Vec v) {
+    const UInt u = (UInt)v;
+    const UInt rounded = u + (((u >> 16) & 1) + 0x7fff);
+    const UInt quiet = u | 0x400000; // rounding could carry a NaN into infinity
+    *(UnalignedHalf *)p = __builtin_convertvector((v == v ? rounded : quiet) >> 16, Half);
+}
+
+NBHD_INLINE Vec load(const Float16 *p) {
+#if defined(__F16C__) && NBHD_VECTOR_BYTES == 32
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    // Shift exponent and mantissa into place and multiply by 2^112, which also scales subnormals right.
+    const UInt h = __builtin_convertvector((Half) * (const UnalignedHalf *)p, UInt);
+    const UInt magnitude = (h & 0x7fff) << 13;
+    const UInt scaled = (UInt)((Vec)magnitude * splat(5.192296858534828e33f));
+    return (Vec)((magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : scaled) | ((h & 0x8000) << 16));
+#endif
+}
+
+NBHD_INLINE void store(Float16 *p, Vec v) {
+#if defined(__F16C__) && NBHD_VECTOR_BYTES == 32
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const UInt bits = (UInt)v, sign = (bits >> 16) & 0x8000, u = bits & 0x7fffffff;
+    // normal results: rebias the exponent by -112 and round the 13 lost bits to even; 65520 and above carry into infinity
+    const UInt normal = (u - (112u << 23) + 0xfff + ((u >> 13) & 1)) >> 13;
+    // subnormal results: adding 1/2 aligns the mantissa and lets the addition round
+    const UInt subnormal = (UInt)((Vec)u + splat(0.5f)) - 0x3f000000u;
+    UInt r = u < (113u << 23) ? subnormal : normal;
+    r = u >= (143u << 23) ? UInt{} + 0x7c00u : r;
+    r = u > 0x7f800000u ? UInt{} + 0x7e00u : r;
+    *(UnalignedHalf *)p = __builtin_convertvector(r | sign, Half);
+#endif
+}
+#endif
+
+// The first n < lanes elements; the others read as zero and are not written.
+template <class T> NBHD_INLINE Vec load_part(const T *p, int n) {
+    T buffer[lanes] = {};
+    memcpy(buffer, p, n * sizeof(T));
+    return load(buffer);
+}
+template <class T> NBHD_INLINE void store_part(T *p, Vec v, int n) {
+    T buffer[lanes];
+    store(buffer, v);
+    memcpy(p, buffer, n * sizeof(T));
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,65 @@
+// Copies of tokens in the two orders the kernels read.
+//
+//     pack_rows        dst[token][channel]       lanes of a vector are channels
+//     pack_transposed  dst[channel][token]       lanes of a vector are tokens
+//
+// Both multiply by `factor` and pad with zeros up to whole vectors.
+#pragma once
+#include "element.h"
+
+namespace nbhd::NBHD_ISA {
+
+// n tokens, `stride` elements apart, of `channels` channels; a packed token has round_up(channels).
+template <class T>
+static void pack_rows(const T *src, int64_t stride, int n, int channels, Real *dst, Real factor) {
+    const int whole = channels / lanes * lanes, width = round_up(channels);
+    const Vec f = splat(factor);
+    for (int t = 0; t < n; t++, src += stride, dst += width) {
+        for (int c = 0; c < whole; c += lanes) store(dst + c, load(src + c) * f);
+        if (whole < channels) store(dst + whole, load_part(src + whole, channels - whole) * f);
+    }
+}
+
+// dst has one row of `pitch` Reals for each channel, with room for round_up(n).
+template <class T>
+static void pack_transposed(const T *src, int64_t stride, int n, int channels, Real *dst, int pitch, Real factor) {
+    alignas(64) static const T zeros[lanes] = {};
+    const Vec f = splat(factor);
+    for (int t = 0; t < n; t += lanes)
+        for (int c = 0; c < channels; c += lanes) {
+            const int rows = channels - c < lanes ? channels - c : lanes;
+            Vec r[lanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; i++) {
+                const T *s = src + (t + i) * stride + c;
+                if (t + i >= n) s = zeros;
+                r[i] = (rows == lanes || t + i >= n ? load(s) : load_part(s, rows)) * f;
+            }
+            transpose(r);
+            if (rows == lanes) {
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; i++) store(dst + (c + i) * (int64_t)pitch + t, r[i]);
+            } else {
+                for (int i = 0; i < rows; i++) store(dst + (c + i) * (int64_t)pitch + t, r[i]);
+            }
+        }
+}
+
+// Packed rows back to tensor tokens: dst = factor * src, or dst + factor * src.
+template <class T>
+static void unpack_rows(const Real *src, int n, int channels, T *dst, int64_t stride, Real factor, bool add) {
+    const int whole = channels / lanes * lanes, width = round_up(channels);
+    const Vec f = splat(factor);
+    for (int t = 0; t < n; t++, src += width, dst += stride) {
+        for (int c = 0; c < whole; c += lanes) {
+            const Vec v = load(src + c) * f;
+            store(dst + c, add ? v + load(dst + c) : v);
+        }
+        if (const int rest = channels - whole) {
+            const Vec v = load(src + whole) * f;
+            store_part(dst + whole, add ? v + load_part(dst + whole, rest) : v, rest);
+        }
+    }
+}
+
+} // namespace nbhd::NBHD_ISA

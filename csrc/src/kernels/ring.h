@@ -1,0 +1,50 @@
+// The packed keys and values of a block: a ring along the leading axis, filled just ahead of the tiles.
+//
+//      leading axis (Y in 2D, Z in 3D)
+//        row 0   flushed: no later tile sees it
+//        row 1   |
+//        row 2   | alive: packed, at most `span` rows; row y lies in slot y mod span
+//        row 3   |
+//        row 4   not packed yet
+#pragma once
+#include "block.h"
+#include "pack.h"
+
+namespace nbhd::NBHD_ISA {
+
+struct Ring {
+    RingShape shape;
+    int width, pitch;   // keys of a row; channel pitch of the transposed copies
+    int packed, flushed; // places along the leading axis
+
+    static int pitch_for(int width) { return round_up(width + lanes - 1); }
+    int64_t transposed_row(int channels) const { return (int64_t)channels * pitch; }
+    int64_t natural_row(int channels) const { return (int64_t)width * round_up(channels); }
+};
+
+static Ring make_ring(const Map &m, const Block &b) {
+    Ring r;
+    r.shape = ring_shape(m, b);
+    r.width = b.key_end[2] - b.key_begin[2];
+    r.pitch = Ring::pitch_for(r.width);
+    r.packed = r.flushed = 0;
+    return r;
+}
+static void restart(Ring &r, const Block &b) { r.packed = r.flushed = b.key_begin[r.shape.planes ? 0 : 1]; }
+
+// Calls visit(z, y, slot) for the key rows at places [from, to) of the leading axis.
+template <class Visit> static void for_each_row(const Ring &r, const Block &b, int from, int to, Visit visit) {
+    for (int u = from; u < to; u++) {
+        if (!r.shape.planes) visit(b.key_begin[0], u, r.shape.slot(0, u));
+        else
+            for (int y = b.key_begin[1]; y < b.key_end[1]; y++) visit(u, y, r.shape.slot(u, y));
+    }
+}
+
+// Key places along the leading axis that a tile at (z, y) of n rows sees.
+static void leading_range(const Ring &r, const Map &m, int z, int y, int n, int &from, int &to) {
+    if (r.shape.planes) from = m.axis[0].first[z], to = m.axis[0].end(z);
+    else from = m.axis[1].first[y], to = m.axis[1].end(y + n - 1);
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,88 @@
+// Softmax and its gradient, elementwise over score vectors [slot][lane] of one query row. Scores are in units of log2.
+#pragma once
+#include "tile.h"
+
+namespace nbhd::NBHD_ISA {
+
+constexpr Real log2_e = Real(1.4426950408889634074), ln_2 = Real(0.69314718055994530942);
+constexpr Real nothing = Real(-1e30); // a score whose weight is exactly zero
+
+// Whether some slot of the tile belongs to no key, as under a causal axis.
+static bool has_holes(const RowTile &t, const ColumnTile &c, const Problem &p) {
+    if (c.masked || t.z_count < p.axis[0].kernel) return true;
+    for (int r = 0; r < t.n; r++)
+        if (t.y_count[r] < p.axis[1].kernel) return true;
+    return false;
+}
+
+// Writes `fill` to the slots of query row r that belong to no key.
+static void fill_holes(Real *scores, const RowTile &t, int r, const ColumnTile &c, const Problem &p, Real fill) {
+    const int kz = p.axis[0].kernel, ky = p.axis[1].kernel, kx = p.axis[2].kernel;
+    for (int z = 0; z < kz; z++)
+        for (int y = 0; y < ky; y++) {
+            const bool seen = z < t.z_count && y < t.y_count[r];
+            for (int x = 0; x < kx; x++, scores += lanes) {
+                if (!seen) store(scores, splat(fill));
+                else if (c.masked) store(scores, c.count > x ? load(scores) : splat(fill));
+            }
+        }
+}
+
+static Vec row_maximum(const Real *scores, int slots) {
+    Vec m = splat(nothing);
+    for (int i = 0; i < slots; i++) m = max(m, load(scores + i * lanes));
+    return m;
+}
+
+// scores -> exp2(scores - maximum); returns the sum.
+static Vec exponentials(Real *scores, int slots, Vec maximum) {
+    Vec sum0{}, sum1{};
+    int i = 0;
+    for (; i + 1 < slots; i += 2) {
+        Real *s = scores + i * lanes;
+        const Vec e0 = exp2(load(s) - maximum), e1 = exp2(load(s + lanes) - maximum);
+        store(s, e0), store(s + lanes, e1);
+        sum0 += e0, sum1 += e1;
+    }
+    if (i < slots) {
+        const Vec e = exp2(load(scores + i * lanes) - maximum);
+        store(scores + i * lanes, e);
+        sum0 += e;
+    }
+    return sum0 + sum1;
+}
+
+// scores -> weights P = exp2(scores - lse); returns sum of P dP.
+static Vec weights_and_delta(Real *scores, const Real *d_weights, int slots, Vec lse) {
+    Vec sum0{}, sum1{};
+    int i = 0;
+    for (; i + 1 < slots; i += 2) {
+        Real *s = scores + i * lanes;
+        const Vec e0 = exp2(load(s) - lse), e1 = exp2(load(s + lanes) - lse);
+        store(s, e0), store(s + lanes, e1);
+        sum0 = fma(e0, load(d_weights + i * lanes), sum0);
+        sum1 = fma(e1, load(d_weights + i * lanes + lanes), sum1);
+    }
+    if (i < slots) {
+        const Vec e = exp2(load(scores + i * lanes) - lse);
+        store(scores + i * lanes, e);
+        sum0 = fma(e, load(d_weights + i * lanes), sum0);
+    }
+    return sum0 + sum1;
+}
+
+// d_weights -> dS = P (dP + shift), shift = d_lse - delta.
+static void score_gradient(const Real *weights, Real *d_weights, int slots, Vec shift) {
+    for (int i = 0; i < slots; i++)
+        store(d_weights + i * lanes, load(weights + i * lanes) * (load(d_weights + i * lanes) + shift));
+}
+// The same, and added to `sum`, as long.
+static void score_gradient_and_add(const Real *weights, Real *d_weights, int slots, Vec shift, Real *sum) {
+    for (int i = 0; i < slots; i++) {
+        const Vec g = load(weights + i * lanes) * (load(d_weights + i * lanes) + shift);
+        store(d_weights + i * lanes, g);
+        store(sum + i * lanes, load(sum + i * lanes) + g);
+    }
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,176 @@
+// Vectors of Real (float or double) in GCC and Clang vector extensions: as fast as intrinsics when compiled with
+// -fno-tree-vectorize -fno-tree-slp-vectorize (the automatic vectoriser rewrites the pointer tables around the kernels and
+// causes store-forwarding stalls) and -O3 (at -O2 GCC leaves small arrays of vectors in memory, five times slower).
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define NBHD_INLINE static inline __attribute__((always_inline))
+
+namespace nbhd::NBHD_ISA {
+
+#if NBHD_DOUBLE
+using Real = double;
+#else
+using Real = float;
+#endif
+template <int size> struct IntOf;
+template <> struct IntOf<4> { using type = int32_t; };
+template <> struct IntOf<8> { using type = int64_t; };
+using Int = IntOf<sizeof(Real)>::type;
+
+constexpr bool is_double = sizeof(Real) == 8;
+constexpr int lanes = NBHD_VECTOR_BYTES / sizeof(Real);
+constexpr int registers = NBHD_REGISTERS;
+
+typedef Real Vec __attribute__((vector_size(NBHD_VECTOR_BYTES)));
+typedef Int Index __attribute__((vector_size(NBHD_VECTOR_BYTES)));
+typedef Real UnalignedVec __attribute__((vector_size(NBHD_VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
+
+NBHD_INLINE int round_up(int n) { return (n + lanes - 1) / lanes * lanes; }
+
+NBHD_INLINE Vec load(const Real *p) { return *(const UnalignedVec *)p; }
+NBHD_INLINE void store(Real *p, Vec v) { *(UnalignedVec *)p = v; }
+NBHD_INLINE Vec splat(Real x) { return x - Vec{}; } // x - 0 is folded to x: one broadcast
+NBHD_INLINE Vec broadcast(const Real *p) { return splat(*p); }
+NBHD_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; } // contracted by -ffp-contract=fast
+// The second operand when either is NaN, so that `max(bound, x)` keeps a NaN in x.
+NBHD_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// Keep a loaded vector in a register: compilers otherwise fold the load into every multiply that uses it.
+NBHD_INLINE void keep(Vec &v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
+// Load an index vector again at each use instead of holding it in a register through the loop.
+NBHD_INLINE Index reload(const Index *p) {
+    Index v = *p;
+#if defined(__x86_64__)
+    asm volatile("" : "+v"(v));
+#endif
+    return v;
+}
+
+// result[l] = v[index[l]]
+NBHD_INLINE Vec permute(Vec v, Index index) {
+#if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
+    if constexpr (is_double) return (Vec)_mm512_permutexvar_pd((__m512i)index, (__m512d)v);
+    else return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+#elif defined(__AVX2__) && NBHD_VECTOR_BYTES == 32
+    if constexpr (!is_double) return (Vec)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+    const Index low = index + index; // halves of a double: 2 i and 2 i + 1
+    return (Vec)_mm256_permutevar8x32_epi32((__m256i)v, (__m256i)(low | ((low + 1) << 32)));
+#elif defined(__GNUC__) && !defined(__clang__)
+    return __builtin_shuffle(v, index);
+#else
+    Vec r{};
+    for (int l = 0; l < lanes; l++) r[l] = v[index[l]];
+    return r;
+#endif
+}
+
+// 2^x; 0 below -127 (-1023 for double), NaN for NaN. Taylor series of 2^f on [-1/2, 1/2]; float: about 1 ulp.
+NBHD_INLINE Vec exp2(Vec x) {
+    if constexpr (is_double) {
+        x = max(splat(Real(-1023)), x);
+        const Vec shift = splat(Real(6755399441055744.0)); // 1.5 * 2^52: adding it rounds to an integer
+        const Vec t = x + shift, f = (x - (t - shift)) * splat(Real(0.6931471805599453094));
+        Vec p = splat(Real(1.0 / 6227020800.0));
+        constexpr double inverse_factorial[] = {1.0,           1.0,           1.0 / 2,        1.0 / 6,      1.0 / 24,
+                                                1.0 / 120,     1.0 / 720,     1.0 / 5040,     1.0 / 40320,  1.0 / 362880,
+                                                1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
+#pragma GCC unroll 16
+        for (int i = 12; i >= 0; i--) p = fma(p, f, splat(Real(inverse_factorial[i])));
+        return (Vec)((Index)p + ((Index)t << 52));
+    } else {
+        x = max(splat(Real(-127)), x);
+        const Vec shift = splat(Real(12582912)); // 1.5 * 2^23
+        const Vec t = x + shift, f = x - (t - shift);
+        Vec p = splat(Real(1.327647129e-3f)); // minimax, degree 5
+        p = fma(p, f, splat(Real(9.675540961e-3f)));
+        p = fma(p, f, splat(Real(5.550713092e-2f)));
+        p = fma(p, f, splat(Real(2.402212024e-1f)));
+        p = fma(p, f, splat(Real(6.931469440e-1f)));
+        p = fma(p, f, splat(Real(1)));
+        return (Vec)((Index)p + ((Index)t << 23));
+    }
+}
+
+// log2 x for normal x > 0: exponent plus 2/ln 2 * atanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2)).
+// Outside (0, inf) the answer is NaN.
+NBHD_INLINE Vec log2(Vec x) {
+    constexpr int mantissa = is_double ? 52 : 23;
+    const Index half_root = (Index)splat(Real(0.70710678118654752));
+    const Index shifted = (Index)x - half_root;
+    const Index exponent = shifted >> mantissa; // arithmetic: floor
+    const Vec m = (Vec)((Index)x - (exponent << mantissa));
+    const Vec t = (m - splat(Real(1))) / (m + splat(Real(1))), s = t * t;
+    constexpr int terms = is_double ? 11 : 5;
+    Vec p = splat(Real(1.0 / (2 * terms - 1)));
+#pragma GCC unroll 16
+    for (int i = terms - 1; i >= 1; i--) p = fma(p, s, splat(Real(1.0 / (2 * i - 1))));
+    Vec e;
+    if constexpr (is_double) {
+        e = (Vec)(exponent + (Index)splat(Real(6755399441055744.0))) - splat(Real(6755399441055744.0));
+    } else {
+        e = (Vec)(exponent + (Index)splat(Real(12582912))) - splat(Real(12582912));
+    }
+    const Vec r = fma(p * t, splat(Real(2.8853900817779268)), e);
+    const Vec nan = splat(Real(__builtin_nan("")));
+    return (x > splat(Real(0))) & (x < splat(Real(__builtin_inf()))) ? r : nan;
+}
+
+// Element i of a two-vector shuffle is taken from `a` (index below lanes) or `b`; the index is a constant expression in i.
+template <int... i> struct Sequence {};
+template <int n, int... i> struct Count : Count<n - 1, n - 1, i...> {};
+template <int... i> struct Count<0, i...> { using type = Sequence<i...>; };
+using EachLane = Count<lanes>::type;
+
+// Exchanges the off-diagonal blocks of `half` elements: the step of a transpose that is one instruction at 64 bits and above.
+template <int half, int... i> NBHD_INLINE void exchange(Vec &a, Vec &b, Sequence<i...>) {
+    const Vec low = __builtin_shufflevector(a, b, ((i & half) ? i - half + lanes : i)...);
+    const Vec high = __builtin_shufflevector(a, b, ((i & half) ? i + lanes : i + half)...);
+    a = low, b = high;
+}
+// a0 b0 a1 b1 and a2 b2 a3 b3 in each block of four; then the same for pairs.
+template <int... i> NBHD_INLINE void interleave(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
+    low = __builtin_shufflevector(a, b, ((i & ~3) + (i >> 1 & 1) + (i & 1) * lanes)...);
+    high = __builtin_shufflevector(a, b, ((i & ~3) + (i >> 1 & 1) + 2 + (i & 1) * lanes)...);
+}
+template <int... i> NBHD_INLINE void interleave_pairs(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
+    low = __builtin_shufflevector(a, b, ((i & ~3) + (i & 1) + (i >> 1 & 1) * lanes)...);
+    high = __builtin_shufflevector(a, b, ((i & ~3) + (i & 1) + 2 + (i >> 1 & 1) * lanes)...);
+}
+template <int half> NBHD_INLINE void exchange_all(Vec *r) {
+    if constexpr (half < lanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; i++)
+            if (!(i & half)) exchange<half>(r[i], r[i + half], EachLane{});
+        exchange_all<half * 2>(r);
+    }
+}
+// lanes x lanes transpose of r[0..lanes) in registers.
+NBHD_INLINE void transpose(Vec *r) {
+    if constexpr (is_double) {
+        exchange_all<1>(r);
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; i += 4) { // 4x4 blocks inside 128 bits
+            Vec a, b, c, d;
+            interleave(r[i], r[i + 1], a, b, EachLane{});
+            interleave(r[i + 2], r[i + 3], c, d, EachLane{});
+            interleave_pairs(a, c, r[i], r[i + 1], EachLane{});
+            interleave_pairs(b, d, r[i + 2], r[i + 3], EachLane{});
+        }
+        exchange_all<4>(r);
+    }
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,65 @@
+// A checked call: what the kernels may rely on. Plain data, no inline functions of the standard library, because the
+// files that include this are compiled with different instruction sets (see HACKING.md).
+#pragma once
+#include <cstdint>
+
+namespace nbhd {
+
+enum class Dtype { float32, bfloat16, float16, float64 };
+
+// One axis, cut into `dilation` groups of positions with the same remainder; place p of group g is position
+// g + p * dilation. Inside a group there is no dilation any more: the keys of place u are [first, first + count).
+struct Axis {
+    int length, kernel, dilation;
+    const int32_t *first, *count; // [length], one group after another
+
+    int group_length(int g) const { return (length - g + dilation - 1) / dilation; }
+    int group_start(int g) const {
+        const int longer = length % dilation; // the groups below this remainder have one place more
+        return g * (length / dilation) + (g < longer ? g : longer);
+    }
+};
+
+struct Tensor {
+    void *data;
+    int64_t batch, axis[3], head; // strides in elements; channels are contiguous
+};
+
+struct Problem {
+    Dtype dtype;
+    int64_t batch;
+    int heads, kv_heads, dim, dim_v;
+    Axis axis[3]; // Z, Y, X
+    double scale;
+    Tensor query, key, value, out, d_out, d_query, d_key, d_value;
+    void *lse;
+    const void *d_lse, *bias;
+    void *d_bias;
+
+    int queries_per_kv_head() const { return heads / kv_heads; }
+    int window() const { return axis[0].kernel * axis[1].kernel * axis[2].kernel; }
+    // rows of the bias table (Z and Y offsets) and columns (X offsets)
+    int bias_rows() const { return (2 * axis[0].kernel - 1) * (2 * axis[1].kernel - 1); }
+    int bias_columns() const { return 2 * axis[2].kernel - 1; }
+};
+
+// Runs task(i, context) once for each i below count, on as many threads as the call allows.
+struct Threads {
+    void *parallel_for; // nbhd_parallel_for of the host, or null
+    int64_t count;
+};
+void run_tasks(const Threads &threads, int64_t count, void (*task)(int64_t, void *), void *context);
+
+// Memory of the calling thread, at least `bytes`, kept for its next call; null when there is none.
+void *thread_scratch(int64_t bytes);
+// Memory of one call.
+void *allocate(int64_t bytes);
+void release(void *memory);
+
+// The kernels of one instruction set in one arithmetic. They return false when memory ran out.
+struct Kernels {
+    bool (*forward)(const Problem &, const Threads &);
+    bool (*backward)(const Problem &, const Threads &);
+};
+
+} // namespace nbhd
