@@ -1,0 +1,274 @@
+"""Checkpoints of the original repository: same outputs after conversion, and every file that is not one is named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from typer.testing import CliRunner
+
+import nbhd.models  # noqa: F401
+from nbhd.cli import app
+from nbhd.errors import ArgumentError, CheckpointError, FileError
+from nbhd.models.nat import VARIANTS, NatConfig, NatForImageClassification
+from nbhd.models.nat.convert_nat import build, convert_nat, infer_config, load_original, read_labels, rename
+from tests.fixtures.nat_reference import fill_weights
+from tests.models.nat.original import OriginalNat
+
+SMALL: dict[str, Any] = {"embed_dim": 8, "depths": [2, 1], "num_heads": [1, 4], "kernel_size": 3, "num_classes": 6}
+
+
+def original(seed: int = 0, **settings: Any) -> OriginalNat:
+    model = OriginalNat(**(SMALL | settings))
+    fill_weights(model, seed)
+    return model.eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.save(original().state_dict(), tmp_path / "nat.pth")
+    return tmp_path / "nat.pth"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"qkv_bias": False, "layer_scale": True, "mlp_ratio": 2.0}, {"kernel_size": 7}]
+)
+@pytest.mark.parametrize("wrap", ["raw", "state_dict", "model", "distributed", "safetensors"])
+def test_converted_model_gives_the_original_logits(tmp_path: Path, settings: dict[str, Any], wrap: str) -> None:
+    model = original(**settings)
+    weights: Any = model.state_dict()
+    file = tmp_path / ("nat.safetensors" if wrap == "safetensors" else "nat.pth")
+    if wrap == "safetensors":
+        save_file(weights, file)
+    elif wrap == "distributed":
+        torch.save(
+            {"state_dict": {f"module.{k}": v for k, v in weights.items()}, "args": argparse.Namespace(lr=1)}, file
+        )
+    else:
+        torch.save(weights if wrap == "raw" else {wrap: weights, "epoch": 3}, file)
+
+    done = convert_nat(file, tmp_path / "out")
+
+    converted = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    pixels = torch.randn(2, 3, 22, 36)
+    torch.testing.assert_close(converted(pixels).logits, model(pixels), atol=2e-5, rtol=1e-5)
+    assert done.parameters == sum(p.numel() for p in model.parameters())
+    assert done.variant is None
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_published_variants_are_recognised_and_take_every_key(name: str) -> None:
+    published = NatConfig.from_variant(name)
+    with torch.device("meta"):
+        model = OriginalNat(
+            published.embed_dim,
+            published.depths,
+            published.num_heads,
+            mlp_ratio=published.mlp_ratio,
+            layer_scale=published.layer_scale_init_value > 0,
+        )
+        expected = NatForImageClassification(published).state_dict()
+
+    config, variant = infer_config(model.state_dict())
+    renamed = rename(model.state_dict())
+
+    assert variant == name
+    assert config.to_dict() == published.to_dict()
+    names = {f"nat.{k}" if not k.startswith("classifier") else k: v.shape for k, v in renamed.items()}
+    assert names == {k: v.shape for k, v in expected.items()}
+
+
+def test_folder_has_configuration_weights_and_image_processor(checkpoint: Path, tmp_path: Path) -> None:
+    convert_nat(checkpoint, tmp_path / "out", image_size=64)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.crop_size == {"height": 64, "width": 64}
+    assert processor.size == {"shortest_edge": 73}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert all(p.stat().st_mode & 0o777 == 0o666 & ~mask for p in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_of_the_weights_stays(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save(original().to(dtype).state_dict(), tmp_path / "nat.pth")
+    convert_nat(tmp_path / "nat.pth", tmp_path / "out")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").dtype == dtype
+
+
+def test_without_a_head_it_is_a_feature_extractor(tmp_path: Path) -> None:
+    weights = {k: v for k, v in original().state_dict().items() if not k.startswith("head.")}
+    model = build(weights, infer_config(weights)[0])
+    assert type(model).__name__ == "NatModel"
+
+
+def test_dilations_are_taken_from_the_caller() -> None:
+    weights = original().state_dict()
+    assert infer_config(weights, dilations=[[1, 2], [3]])[0].dilations == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb\nc\nd\ne\nf\n", json.dumps(list("abcdef")), json.dumps({str(i): c for i, c in enumerate("abcdef")})]
+)
+def test_labels_come_from_text_or_json(checkpoint: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels").write_text(text)
+    convert_nat(checkpoint, tmp_path / "out", labels=tmp_path / "labels")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == dict(enumerate("abcdef"))
+    assert model.config.label2id["f"] == 5
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, zipped: bool, nested: bool) -> None:
+    trap = Hostile(tmp_path / "executed")
+    content = {"state_dict": original().state_dict(), "extra": trap} if nested else trap
+    torch.save(content, tmp_path / "nat.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"mkdir.*could run code"):
+        convert_nat(tmp_path / "nat.pth", tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", bytes(1000), bytes(range(256)) * 9], ids=["empty", "text", "zeros", "noise"]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_of_other_kinds_are_named(tmp_path: Path, content: bytes, suffix: str) -> None:
+    file = tmp_path / f"nat{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"nat\."):
+        load_original(file)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_file_is_named(tmp_path: Path, zipped: bool) -> None:
+    torch.save(original().state_dict(), tmp_path / "nat.pth", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "nat.pth").read_bytes()
+    (tmp_path / "nat.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_original(tmp_path / "nat.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"a": 3}, {}, {"state_dict": {"a": "b"}}, {1: torch.ones(2)}, torch.ones(3)]
+)
+def test_content_that_is_no_state_dict_is_named(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "nat.pth")
+    with pytest.raises(CheckpointError, match="state dict"):
+        load_original(tmp_path / "nat.pth")
+
+
+def test_missing_and_unexpected_and_misshapen_weights_are_named() -> None:
+    weights = original().state_dict()
+    config, _ = infer_config(weights)
+    for change, message in [
+        ({"levels.0.blocks.1.mlp.fc2.bias": None}, r"levels\.0\.layers\.1\.output\.dense\.bias is missing"),
+        ({"levels.0.blocks.0.extra": torch.ones(2)}, r"levels\.0\.blocks\.0\.extra is unexpected"),
+        ({"norm.weight": torch.ones(3)}, r"layernorm\.weight is \(3,\) and should be \(16,\)"),
+        ({"levels.0.blocks.0.gamma1": torch.ones(8)}, "incomplete"),
+        ({"norm.weight": torch.ones(16, dtype=torch.int64)}, "floating point"),
+    ]:
+        changed = {k: v for k, v in (weights | change).items() if v is not None}
+        with pytest.raises(CheckpointError, match=message):
+            build(changed, config)
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ("patch_embed", "patch_embed.proj is missing"),
+        ("levels", "incomplete"),
+        ("levels.0.blocks.0.", "incomplete"),
+        ("levels.0.blocks.0.attn.rpb", "attn.rpb is missing"),
+        ("levels.0.blocks.0.mlp", "mlp.fc1.weight is missing"),
+    ],
+)
+def test_weights_that_do_not_tell_the_size_are_named(drop: str, message: str) -> None:
+    weights = {k: v for k, v in original().state_dict().items() if not k.startswith(drop)}
+    with pytest.raises(CheckpointError, match=message):
+        infer_config(weights)
+
+
+def test_weights_of_transformers_are_recognised() -> None:
+    model = NatForImageClassification(NatConfig(embed_dim=8, depths=[1], num_heads=[1], kernel_size=3))
+    with pytest.raises(CheckpointError, match="names of transformers already"):
+        infer_config(model.state_dict())
+
+
+def test_output_must_be_new_or_empty(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    convert_nat(checkpoint, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ArgumentError, match="new or empty"):
+        convert_nat(checkpoint, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(FileError, match="does not exist"):
+        convert_nat(checkpoint, tmp_path / "no" / "out")
+    with pytest.raises(FileError, match="does not exist"):
+        convert_nat(tmp_path / "no.pth", tmp_path / "out2")
+    with pytest.raises(FileError, match="is a folder"):
+        convert_nat(tmp_path, tmp_path / "out2")
+
+
+def test_failure_while_writing_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nbhd.models.nat.image_processing_nat.NatImageProcessor.save_pretrained", fail)
+    with pytest.raises(FileError, match="No space left"):
+        convert_nat(checkpoint, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["nat.pth"]
+
+
+def test_wrong_labels_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "labels"
+    file.write_text("a\nb\n")
+    with pytest.raises(ArgumentError, match=r"6 classes, but .* has 2"):
+        convert_nat(checkpoint, tmp_path / "out", labels=file)
+    assert not (tmp_path / "out").exists()
+    for text in ['{"0": "a", "2": "b"}', "[1, 2]", "{", '{"x": "y"}']:
+        file.write_text(text)
+        with pytest.raises(FileError, match="labels"):
+            read_labels(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FileError, match="labels"):
+        read_labels(file)
+    with pytest.raises(FileError, match="labels"):
+        read_labels(tmp_path / "missing")
+
+
+def test_command_writes_the_folder_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "out")
+    assert "6 classes" in result.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_command_names_a_bad_file_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "nat.pth").write_bytes(b"no")
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "nat.pth"), str(tmp_path / "out")])
+    assert result.exit_code in (1, 2)
+    assert result.stdout == ""
+    assert "nat.pth" in result.stderr
+    assert "Traceback" not in result.stderr
