@@ -1,6 +1,8 @@
 """Neighborhood attention for PyTorch: fast on CPUs and GPUs from one wheel, with the NAT vision transformers on top."""
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from nbhd._version import __version__
@@ -23,7 +25,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # torch is imported by the first use of a public name, so that `nbhd --help` does not wait for it.
     if name == "nn":
         return importlib.import_module("nbhd.nn")
     if name in __all__:
@@ -33,3 +34,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# Importing the package registers its operators, so that saved programs that call them load. Only the command line does
+# not, because `nbhd --help` should not wait for torch: there they are registered by their first use.
+_command = sys.argv[0] if getattr(sys, "argv", None) else ""
+if _command != "-m" and os.path.basename(_command).removesuffix(".exe") != "nbhd":
+    importlib.import_module("nbhd.nn")
