@@ -1,6 +1,4 @@
-"""The parts of a NAT: stem, attention, layer, stage, encoder. Maps are ``(batch, height, width, channels)``
-throughout.
-"""
+"""The parts of a NAT: stem, attention, layer, stage, encoder. All maps are ``(batch, height, width, channels)``."""
 
 from __future__ import annotations
 
@@ -54,8 +52,13 @@ class NatPatchEmbeddings(nn.Module):
                 f"{pixel_values.shape[1]} in {tuple(pixel_values.shape)}. Make sure that the channel dimension of the "
                 "pixel values match with the one set in the configuration."
             )
+        if not pixel_values.is_floating_point():
+            raise ArgumentError(
+                f"pixel_values must be floating point and normalised, got {pixel_values.dtype}. Pass images "
+                "through the model's image processor first."
+            )
         # Reordering the few channels of the pixels once makes every later permute free.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        pixel_values = pixel_values.to(self.projection[0].weight.dtype, memory_format=torch.channels_last)
         return self.projection(pixel_values).permute(0, 2, 3, 1)
 
 
@@ -86,9 +89,7 @@ class NatDownsampler(nn.Module):
 
 
 class NatDropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, drop the whole branch of a sample with probability
-    ``drop_prob``.
-    """
+    """Stochastic depth (Huang et al. 2016): in training, drop a sample's branch with probability ``drop_prob``."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -249,9 +250,8 @@ class NatLayer(GradientCheckpointingLayer):
     def _attend(self, branch: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on a map padded to the window's size where it is smaller.
 
-        The padding is plain zeros after the norm at the lower and right border, is not masked and so takes part with
-        the biases of
-        query, key and value: trained weights rely on it.
+        The padding is plain zeros after the norm, at the lower and right border. It is not masked and so takes part
+        with the biases of query, key and value: trained weights rely on it.
         """
         height, width = branch.shape[1:3]
         if _is_open(height, self.window_size) or _is_open(width, self.window_size):
@@ -266,8 +266,7 @@ class NatLayer(GradientCheckpointingLayer):
     def _attend_any_size(
         self, branch: torch.Tensor, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same in an exported graph that takes maps on both sides of the window's size: without a branch, always
-        padded.
+        """The same without a branch, for an exported graph that takes maps smaller and larger than the window.
 
         Cropping is by index because a slice would make the graph demand that nothing is cropped.
         """
