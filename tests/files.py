@@ -13,20 +13,22 @@ NOBODY = 65534
 
 
 @contextlib.contextmanager
-def as_ordinary_user(folder: Path) -> Iterator[None]:
-    """Run a block without the rights of an administrator, who may read everything; ``folder`` stays reachable."""
+def as_ordinary_user(*folders: Path) -> Iterator[None]:
+    """Run a block without the rights of an administrator, who may read everything; ``folders`` stay reachable."""
     if not hasattr(os, "geteuid"):
         pytest.skip("permissions work differently on this system")
     if os.geteuid() != 0:
         yield
         return
-    for parent in (folder, *folder.parents):
-        if parent == folder or "pytest" in parent.name:
-            parent.chmod((parent.stat().st_mode & 0o7777) | 0o055)
+    for folder in folders:
+        for parent in (folder, *folder.parents):
+            if parent in folders or "pytest-" in str(parent):
+                parent.chmod((parent.stat().st_mode & 0o7777) | 0o055)
     os.seteuid(NOBODY)
     try:
-        if not os.access(folder, os.R_OK, effective_ids=True):
-            pytest.skip(f"another user cannot reach {folder}")
+        for folder in folders:
+            if not os.access(folder, os.R_OK, effective_ids=True):
+                pytest.skip(f"another user cannot reach {folder}")
         yield
     finally:
         os.seteuid(0)

@@ -14,7 +14,7 @@ RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 25
 
 
 def corners(width: int = 48, height: int = 32) -> Image.Image:
-    """Red top left, green top right, blue bottom left, white bottom right: no turn or mirror image of it looks the same."""
+    """Red and green over blue and white: no turn or mirror image of it looks the same."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[: height // 2, : width // 2] = RED
     pixels[: height // 2, width // 2 :] = GREEN

@@ -76,12 +76,12 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    r"""Neighborhood attention for PyTorch, and the vision transformers made of it.
+    """Neighborhood attention for PyTorch, and the vision transformers made of it.
 
     \b
     Example:
       nbhd classify photos/ --top-k 3
-    """
+    """  # noqa: D301  (backspace is typer's mark for "keep these lines")
 
 
 def main() -> None:

@@ -186,7 +186,8 @@ class Classifier:
             probabilities = (logits.sigmoid() if self.multi_label else logits.softmax(-1)).cpu()
         except torch.OutOfMemoryError as error:
             raise NbhdError(
-                f"out of memory on {self.device} with {len(pictures)} pictures in a batch; use a smaller batch size."
+                f"out of memory on {self.device} with {len(pictures)} pictures in a batch. Use a smaller batch_size"
+                " (--batch-size)."
             ) from error
         best = probabilities.topk(min(top_k, len(self.labels)))
         return [

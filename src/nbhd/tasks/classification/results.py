@@ -48,7 +48,10 @@ class Writer(Protocol):
     def write(self, result: Classification) -> None: ...
 
     def finish(self) -> None:
-        """Write what closes the file. Not called after an error."""
+        """Write what ends the file. Not called after an error."""
+
+    def close(self) -> None:
+        """Let go of what is held; called in any case."""
 
 
 class JsonWriter:
@@ -66,6 +69,9 @@ class JsonWriter:
     def finish(self) -> None:
         self._stream.write("[]\n" if self._separator == "[\n" else "\n]\n")
 
+    def close(self) -> None:
+        pass
+
 
 class CsvWriter:
     """A row for each picture and label: path, rank (from 1), label, probability, error."""
@@ -82,6 +88,9 @@ class CsvWriter:
             self._rows.writerow((path, "", "", "", valid_unicode(result.error)))
 
     def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -109,7 +118,9 @@ class ParquetWriter:
 
     def finish(self) -> None:
         self._flush()
-        self._writer.close()
+
+    def close(self) -> None:
+        self._writer.close()  # otherwise it writes its footer when it is collected, to a stream that is closed by then
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -152,6 +163,9 @@ class TableWriter:
             name = ""
 
     def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def _line(self, name: str, label: str, probability: str, bold: bool = False) -> None:
