@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from nbhd import ops  # noqa: F401  registers torch.ops.nbhd
+from nbhd import ops
 from nbhd.backends import reference
 from nbhd.errors import ArgumentError
 from nbhd.geometry import Neighborhood
@@ -262,7 +262,7 @@ def _attention(
     if _needs_plain_torch(query, key, value, rel_pos_bias):
         out, lse = reference.attend(query, key, value, rel_pos_bias, neighborhood, scale)
     else:
-        out, lse = torch.ops.nbhd.na_forward(query, key, value, rel_pos_bias, *_flat(neighborhood), scale, backend)
+        out, lse = ops.attend(query, key, value, rel_pos_bias, neighborhood, scale, backend)
     return (out, lse) if return_lse else out
 
 

@@ -4,8 +4,8 @@
     nbhd::scores          the scores before the softmax     nbhd::scores_backward
     nbhd::weighted_sum    weights times values              nbhd::weighted_sum_backward
 
-Each picks its backend when it runs, so a traced or exported graph is not tied to the machine that made it. The gradient
-of a backward op goes through the reference, which autograd differentiates to any order.
+Each picks its backend when it runs, so a traced or exported graph is not tied to the machine that made it. Eager calls on
+ordinary tensors skip the dispatcher (``attend``): on a small map it costs more than the attention. The gradient of a backward op goes through the reference, which autograd differentiates to any order.
 """
 
 from __future__ import annotations
@@ -73,6 +73,44 @@ def _na_forward(
     return out, lse
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp: the op, or what it would do where nobody watches the dispatcher."""
+    geometry = (neighborhood.kernel_size, neighborhood.stride, neighborhood.dilation, neighborhood.is_causal)
+    if not _is_plain(query, key, value, rel_pos_bias):
+        out, lse = torch.ops.nbhd.na_forward(query, key, value, rel_pos_bias, *geometry, scale, backend)
+        return out, lse
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (rel_pos_bias is not None and rel_pos_bias.requires_grad)
+    ):
+        out, lse = _Attend.apply(query, key, value, rel_pos_bias, *geometry, scale, backend)
+        return out, lse
+    return _na_forward(query, key, value, rel_pos_bias, *geometry, scale, backend)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
+    """Whether these are ordinary tensors on a real device and no mode, tracer or profiler would see the op."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(query) in _PLAIN
+        and type(key) in _PLAIN
+        and type(value) in _PLAIN
+        and (rel_pos_bias is None or type(rel_pos_bias) in _PLAIN)
+        and query.device.type != "meta"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch.autograd._profiler_enabled()
+    )
+
+
 def _na_forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = query.new_empty([*query.shape[:-1], value.shape[-1]])
     return out, query.new_empty(query.shape[:-1], dtype=reference.accumulation_dtype(query.dtype))
@@ -119,10 +157,25 @@ def _na_autograd(ctx: Any, d_out: Grad, d_lse: Grad) -> tuple[Any, ...]:
     if d_out is None and d_lse is None:
         return nothing
     query, key, value, rel_pos_bias, out, lse = ctx.saved_tensors
-    d_query, d_key, d_value, d_bias = torch.ops.nbhd.na_backward(
-        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, *ctx.options
-    )
+    # Where grad is enabled the gradient itself is to be differentiated, which the op knows how to.
+    direct = not torch.is_grad_enabled() and _is_plain(query, key, value, d_lse if d_out is None else d_out)
+    run = _na_backward if direct else torch.ops.nbhd.na_backward
+    d_query, d_key, d_value, d_bias = run(d_out, d_lse, query, key, value, rel_pos_bias, out, lse, *ctx.options)
     return d_query, d_key, d_value, None if rel_pos_bias is None else d_bias, *nothing[4:]
+
+
+class _Attend(torch.autograd.Function):
+    """``na_forward`` with its gradient, called without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        output = _na_forward(*inputs)
+        _na_setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Grad) -> tuple[Any, ...]:  # type: ignore[override]
+        return _na_autograd(ctx, *gradients)
 
 
 def _na_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
