@@ -1,0 +1,104 @@
+"""``nbhd evaluate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nbhd._text import pad, printable, width
+from nbhd.cli._console import note
+from nbhd.cli._errors import SOME_INPUTS_FAILED
+
+if TYPE_CHECKING:
+    from nbhd.tasks.classification.evaluate import Evaluation
+
+
+class Format(StrEnum):
+    """How results are written."""
+
+    table = "table"
+    json = "json"
+
+
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Option("--data", "-d", metavar="FOLDER|FILE|HUB_ID", help="Parquet files, an image folder, or a hub id."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="FOLDER|HUB_ID", help="The model; by default the one that comes with nbhd."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data, where it has splits.")] = "validation",
+    image_column: Annotated[str, typer.Option(metavar="NAME", help="Column of pictures.")] = "image",
+    label_column: Annotated[str, typer.Option(metavar="NAME", help="Column of class numbers or names.")] = "label",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many pictures, the same ones each time.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 64,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, ...; by default the best one here.")
+    ] = None,
+    format: Annotated[
+        Format | None, typer.Option("--format", "-f", help="By default what the ending of --output says, or table.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the results here, whole or not at all.")
+    ] = None,
+) -> None:
+    r"""Measure an image classifier on labelled pictures.
+
+    Gives top-1 and top-5 accuracy, the cross-entropy in nats, and for each class the accuracy, the precision and what
+    it is most often taken for; as JSON the confusion matrix too. The pictures go through the model's own image
+    processor. One that cannot be decoded is named on standard error and left out, and the exit status is then 1.
+
+    \b
+    Examples:
+      nbhd evaluate --data imagenette128/
+      nbhd evaluate --model runs/1 --data photos/ --split test --format json > results.json
+    """
+    from nbhd._files import write_whole
+    from nbhd.tasks.classification.evaluate import evaluate_images
+    from nbhd.tasks.datasets import first_rows, open_images
+
+    as_json = format is Format.json or (format is None and output is not None and output.suffix == ".json")
+    table = open_images(data, split, image_column=image_column, label_column=label_column)
+    result = evaluate_images(model, first_rows(table, limit), batch_size=batch_size, device=device)
+    for failure in result.failures:
+        note(f"skipped: {failure}")
+    text = json.dumps(result.summary(), indent=2, ensure_ascii=False) + "\n" if as_json else _table(result)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        with write_whole(output, "w") as stream:
+            stream.write(text)
+    if result.failures:
+        raise typer.Exit(SOME_INPUTS_FAILED)
+
+
+def _table(result: Evaluation) -> str:
+    """The figures, one line a class with what it is most often taken for."""
+    lines = [
+        f"{result.images} images of {len(result.per_class)} classes in {result.seconds:.1f} s",
+        f"top-1 {result.top1:.2%}   top-5 {result.top5:.2%}   cross-entropy {result.loss:.4f}",
+        "",
+    ]
+    header = ("class", "images", "accuracy", "precision", "most often taken for")
+    rows = [header]
+    for row in result.per_class:
+        precision = "-" if row["precision"] is None else f"{row['precision']:.1%}"
+        mistaken = f"{row['mistaken_for']} ({row['mistaken']})" if row["mistaken"] else "-"
+        rows.append(
+            (printable(row["class"]), str(row["images"]), f"{row['accuracy']:.1%}", precision, printable(mistaken))
+        )
+    first = max(width(row[0]) for row in rows)
+    for name, images, accuracy, precision, mistaken in rows:
+        lines.append(f"{pad(name, first)}  {images:>7}  {accuracy:>8}  {precision:>9}  {mistaken}")
+    return "\n".join(lines) + "\n"

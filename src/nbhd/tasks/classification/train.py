@@ -1,0 +1,376 @@
+"""Train an image classifier from a recipe: ``nbhd train``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+
+from nbhd._files import write_json, write_whole
+from nbhd.errors import ArgumentError, FileError, RecipeError
+from nbhd.tasks.classification.evaluate import Evaluation, evaluate_images
+from nbhd.tasks.classification.model_card import model_card
+from nbhd.tasks.datasets import ImageTable, Rows, first_rows, open_images
+from nbhd.tasks.decoded import DecodedImages, decode_all, report_failures
+from nbhd.tasks.recipe_sections import ModelSection, Recipe
+from nbhd.tasks.runs import check_same_recipe, draw_curves, last_checkpoint, machine_facts, prepare_output
+from nbhd.tasks.training import Key, TaskTrainer, quiet_transformers, size_at, training_arguments
+from nbhd.tasks.transforms import BatchAugment, normalise, random_crop, resize_for_eval, shrink_to
+
+CACHE_LIMIT_BYTES = 4_000_000_000
+IGNORED = -100  # label of an evaluation image that could not be decoded; cross_entropy's default ignore_index
+
+
+def train(
+    recipe: Recipe, data: str | Path, output: str | Path, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train a classifier and leave a finished model folder.
+
+    ``output`` gets ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and ``README.md`` (the model
+    card), which `transformers` loads as they are; ``recipe.yaml`` (resolved), ``metrics.json``, ``curves.png``; and
+    ``checkpoints/`` to resume from. Under ``torchrun`` or ``accelerate launch`` all processes share each batch.
+
+    Args:
+        recipe: what to train and how (`load_recipe`).
+        data: parquet files, an image folder or a hub id, as `open_images` takes.
+        output: folder of the run.
+        resume: go on from the last complete checkpoint in ``output``, or start if there is none.
+        overwrite: start anew in a folder that is not empty; its former run is removed.
+
+    Returns:
+        What ``metrics.json`` holds.
+
+    Raises:
+        ArgumentError, FileError, RecipeError, CheckpointError: bad arguments or input; each says what to do.
+    """
+    output = Path(output)
+    arguments = training_arguments(recipe, output)
+    with arguments.main_process_first(local=False, desc="output folder"):
+        if arguments.process_index == 0:
+            prepare_output(output, resume=resume, overwrite=overwrite)
+        checkpoint = last_checkpoint(output) if resume else None
+        if checkpoint is not None:
+            check_same_recipe(recipe, output)
+    say = _sayer(arguments.process_index == 0)
+    train_table, eval_table = _open(recipe, data, say)
+    classes = train_table.class_names
+    model = build_model(recipe, classes)
+    if arguments.process_index == 0 and checkpoint is None:
+        with write_whole(output / "recipe.yaml", "w") as stream:
+            stream.write(recipe.to_yaml())
+    train_data = TrainImages(train_table, recipe, say)
+    eval_data = EvalImages(eval_table, recipe, say)
+    augment = BatchAugment(recipe.augment, recipe.data, len(classes))
+    first_plain_epoch = recipe.schedule.epochs - recipe.augment.plain_epochs
+
+    def prepare(inputs: dict[str, Any], seed: list[int] | None, epoch: int) -> dict[str, Any]:
+        pixels, labels = inputs["images"], inputs["labels"]
+        if seed is None:
+            return {"pixel_values": normalise(pixels, recipe.data), "labels": labels}
+        pixels, targets = augment(pixels, labels, seed, plain=epoch >= first_plain_epoch)
+        return {"pixel_values": pixels, "labels": targets}
+
+    facts = machine_facts()
+
+    def on_epoch(history: list[dict[str, Any]]) -> None:
+        _write_results(output, recipe, facts, history, None)
+
+    trainer = TaskTrainer(
+        recipe,
+        arguments,
+        model,
+        train_data,
+        eval_data,
+        collate,
+        prepare=prepare,
+        loss=classification_loss,
+        metrics=top_k_metrics,
+        on_epoch=on_epoch,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"training {recipe.model.variant or recipe.model.type} with {parameters:,} parameters on {len(train_data)} "
+        f"images of {len(classes)} classes: {recipe.schedule.epochs} epochs of {trainer.steps_per_epoch} steps of "
+        f"{recipe.optim.batch_size} images"
+    )
+    if resume:
+        say(
+            f"resuming from {checkpoint}"
+            if checkpoint is not None
+            else "no complete checkpoint yet: starting from the beginning"
+        )
+    trainer.train_to_the_end(checkpoint)
+    if arguments.process_index != 0:
+        return {}
+    device = "cpu" if arguments.use_cpu else None
+    with quiet_transformers():
+        with trainer.averaged_weights():
+            export(_bare(trainer.network), recipe, output)
+        final = evaluate_images(output, eval_table, batch_size=recipe.eval.batch_size, device=device)
+    result = _write_results(output, recipe, facts, trainer.history, final)
+    with write_whole(output / "README.md", "w") as stream:
+        stream.write(model_card(recipe, classes, parameters, final, facts, trainer.history))
+    say(
+        f"finished: the model saved in {output} has top-1 {final.top1:.2%}, top-5 {final.top5:.2%}, "
+        f"loss {final.loss:.4f}"
+    )
+    return result
+
+
+def _sayer(main: bool) -> Callable[[str], None]:
+    return (lambda text: print(text, file=sys.stderr, flush=True)) if main else (lambda text: None)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def _open(recipe: Recipe, data: str | Path, say: Callable[[str], None]) -> tuple[ImageTable, ImageTable]:
+    columns = {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
+    train_table = open_images(data, recipe.data.train_split, **columns)
+    eval_table = open_images(data, recipe.data.eval_split, class_names=train_table.class_names, **columns)
+    if len(train_table.class_names) < 2:
+        raise FileError(
+            f"{train_table.where} has only the class {train_table.class_names}: there is nothing to tell apart"
+        )
+    absent = sorted(set(range(len(train_table.class_names))) - set(train_table.labels.tolist()))
+    if absent:
+        say(f"note: no training image of {', '.join(train_table.class_names[i] for i in absent[:10])}")
+    if Path(data).is_file():
+        say(f"note: {data} is one file, used for training and for evaluation: the accuracy says nothing of new images")
+    return first_rows(train_table, recipe.data.train_limit), first_rows(eval_table, recipe.data.eval_limit)
+
+
+class TrainImages(Dataset[Any]):
+    """Training images as uint8 crops of the epoch's size, indexed by ``(epoch, row)``."""
+
+    def __init__(self, table: ImageTable, recipe: Recipe, say: Callable[[str], None] = lambda text: None) -> None:
+        self.recipe = recipe
+        self.decoded: DecodedImages | None = None
+        self._reported: set[int] = set()
+        if _fits_memory(table, recipe):
+            say(f"decoding {len(table)} training images")
+            self.decoded, rows, failures = decode_all(table, lambda image: shrink_to(image, recipe.data.cache_size))
+            report_failures(failures)
+            table = Rows(table, rows)
+            if not len(rows):
+                raise FileError(f"{table.where}: none of the images can be decoded")
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: Key) -> dict[str, Any] | None:
+        epoch, row = key
+        image: np.ndarray | Image.Image
+        if self.decoded is not None:
+            image = self.decoded[row]
+        else:
+            try:
+                image = self.table.decode(row)
+            except FileError as error:
+                if row not in self._reported:
+                    self._reported.add(row)
+                    report_failures([str(error)])
+                return None
+        size = size_at(epoch, self.recipe.schedule, self.recipe.data.image_size)
+        rng = np.random.default_rng([self.recipe.run.seed, epoch, row])
+        return {
+            "key": key,
+            "image": random_crop(image, size, self.recipe.augment, rng),
+            "label": int(self.table.labels[row]),
+        }
+
+
+class EvalImages(Dataset[Any]):
+    """Evaluation images as uint8, resized as the finished model's image processor does."""
+
+    def __init__(self, table: ImageTable, recipe: Recipe, say: Callable[[str], None] = lambda text: None) -> None:
+        self.recipe = recipe
+        self.decoded: DecodedImages | None = None
+        if len(table) * recipe.data.image_size**2 * 3 <= CACHE_LIMIT_BYTES and recipe.data.cache != "none":
+            say(f"decoding {len(table)} evaluation images")
+
+            def shrink(image: Image.Image) -> Image.Image:
+                return Image.fromarray(resize_for_eval(image, recipe.data))
+
+            self.decoded, rows, failures = decode_all(table, shrink)
+            report_failures(failures)
+            table = Rows(table, rows)
+            if not len(rows):
+                raise FileError(f"{table.where}: none of the images can be decoded")
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        label = int(self.table.labels[row])
+        if self.decoded is not None:
+            return {"image": self.decoded[row], "label": label}
+        try:
+            return {"image": resize_for_eval(self.table.decode(row), self.recipe.data), "label": label}
+        except FileError as error:
+            report_failures([str(error)])
+            size = self.recipe.data.image_size
+            return {"image": np.zeros((size, size, 3), np.uint8), "label": IGNORED}
+
+
+def _fits_memory(table: ImageTable, recipe: Recipe) -> bool:
+    if recipe.data.cache != "auto":
+        return recipe.data.cache == "memory"
+    # The first image stands for all when they are kept as they are.
+    side = recipe.data.cache_size
+    area = side * side * 4 / 3 if side else _first_area(table)
+    return len(table) * area * 3 <= CACHE_LIMIT_BYTES
+
+
+def _first_area(table: ImageTable) -> int:
+    for row in range(min(len(table), 32)):
+        try:
+            image = table.decode(row)
+        except FileError:
+            continue
+        return image.width * image.height
+    return 1 << 40
+
+
+def collate(items: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Stack items; images that could not be decoded (None) are left out."""
+    good = [item for item in items if item is not None]
+    if not good:
+        raise FileError(f"none of {len(items)} images of a batch can be decoded")
+    batch: dict[str, Any] = {
+        "images": torch.from_numpy(np.stack([item["image"] for item in good])),
+        "labels": torch.tensor([item["label"] for item in good]),
+    }
+    if "key" in good[0]:
+        batch["keys"] = [item["key"] for item in good]
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------- model and loss
+
+
+def build_model(recipe: Recipe, classes: list[str]) -> nn.Module:
+    """The recipe's model with an output a class, from scratch or from finished weights.
+
+    Raises:
+        RecipeError: the settings make no model, or the weights cannot be loaded.
+    """
+    from nbhd.models.nat import NatConfig, NatForImageClassification
+
+    id2label = dict(enumerate(classes))
+    labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+    settings = {key: value for key, value in _model_settings(recipe.model).items() if value is not None}
+    torch.manual_seed(recipe.run.seed)
+    try:
+        if recipe.model.pretrained is not None:
+            return _load_pretrained(recipe.model.pretrained, labels, settings)
+        if recipe.model.variant is not None:
+            config = NatConfig.from_variant(recipe.model.variant, **settings, **labels)
+        else:
+            config = NatConfig(**(settings | labels))
+        return NatForImageClassification(config)
+    except ArgumentError as error:
+        raise RecipeError(f"model: {error}") from error
+
+
+def _model_settings(section: ModelSection) -> dict[str, Any]:
+    return {key: value for key, value in vars(section).items() if key not in ("type", "variant", "pretrained")}
+
+
+def _load_pretrained(folder: str, labels: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
+    from nbhd.models.nat import NatForImageClassification
+
+    shape = [
+        key for key in settings if key not in ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    ]
+    if shape:
+        raise RecipeError(
+            f"model.pretrained fixes the shape of the model, so model.{shape[0]} cannot be set. Leave it null."
+        )
+    try:
+        model: nn.Module = NatForImageClassification.from_pretrained(
+            folder, dtype=torch.float32, ignore_mismatched_sizes=True, **labels, **settings
+        )
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise RecipeError(f"model.pretrained {folder!r} cannot be loaded: {text}") from error
+    return model
+
+
+def classification_loss(outputs: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy in float32 against class numbers ``[B]`` or distributions ``[B, classes]``."""
+    return cross_entropy(outputs["logits"].float(), labels)
+
+
+def top_k_metrics(predictions: Any, labels: Any) -> dict[str, float]:
+    """``top1`` and ``top5`` of logits ``[N, classes]``."""
+    logits, labels = np.asarray(predictions), np.asarray(labels)
+    logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
+    better = (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(1)
+    return {"top1": float((better < 1).mean()), "top5": float((better < 5).mean())}
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+
+def export(model: nn.Module, recipe: Recipe, output: Path) -> None:
+    """Write the finished model and its image processor into ``output``, each file whole or not at all."""
+    from nbhd.models.nat import NatImageProcessor
+
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if recipe.run.save_dtype == "float16":
+        largest = max(float(value.abs().max()) for value in state.values() if value.is_floating_point())
+        if not largest < torch.finfo(torch.float16).max:
+            raise ArgumentError(f"run.save_dtype float16 cannot hold weights up to {largest:g}. Use float32.")
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as folder:
+        # config.json keeps dtype float32, so that half-precision files are still loaded and run in float32.
+        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        NatImageProcessor(**_processor_settings(recipe)).save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            shutil.move(path, output / path.name)
+
+
+def _processor_settings(recipe: Recipe) -> dict[str, Any]:
+    from nbhd.tasks.transforms import RESAMPLE
+
+    data = recipe.data
+    side = {"height": data.image_size, "width": data.image_size}
+    settings = {"resample": int(RESAMPLE[data.resample]), "image_mean": data.mean, "image_std": data.std}
+    if data.resize == "squash":
+        return settings | {"do_resize": True, "size": side, "do_center_crop": False}
+    short = max(data.image_size, round(data.image_size / data.crop_ratio))
+    return settings | {"do_resize": True, "size": {"shortest_edge": short}, "do_center_crop": True, "crop_size": side}
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _write_results(
+    output: Path, recipe: Recipe, facts: dict[str, Any], history: list[dict[str, Any]], final: Evaluation | None
+) -> dict[str, Any]:
+    result = {
+        "task": "classification",
+        "complete": final is not None,
+        "final": final.summary() if final is not None else None,
+        "epochs": history,
+        "machine": facts,
+        "recipe": recipe.to_dict(),
+    }
+    write_json(output / "metrics.json", result)
+    if recipe.run.plot and any("eval_top1" in row for row in history):
+        draw_curves(output / "curves.png", history, "top1", recipe.data.name or "training")
+    return result
