@@ -1,0 +1,72 @@
+# Each target makes what it needs from nothing and is quick the second time. People and CI use the same commands.
+#
+#   make demo     classify a handful of photographs, offline
+#   make test     the tests
+#   make check    lint, format, types, import contracts, C++
+#   make wheel    the wheel and the source distribution, in dist/
+#   make bench    time the operator against its peers
+#
+# PYTHON names the interpreter (3.11 or newer), TORCH what to install as PyTorch, such as TORCH=torch==2.14.1.
+
+PYTHON ?= python3
+TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test test-floor check native wheel bench format clean
+
+demo: $(VENV)/.base
+	$(BIN)/nbhd classify examples/photos
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The oldest libraries that are supported, in an environment of its own. TORCH=torch==2.6.0 takes the oldest PyTorch too.
+test-floor:
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt ARGS="$(ARGS)"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python csrc/tests/check.py
+
+native: $(VENV)/.dev
+	$(BIN)/cmake -S . -B build/cpu -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release
+	$(BIN)/cmake --build build/cpu
+
+wheel: $(VENV)/.dev
+	$(PIP) build
+	rm -rf dist
+	$(BIN)/python -m build --installer pip
+	$(BIN)/python -m zipfile -l dist/*.whl | tail -n +2 | wc -l
+	ls -l dist
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# PyTorch goes in first and alone: asked for together with others, pip may prefer a larger build of it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'nbhd needs Python 3.11 or newer: make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.base: $(VENV)/.torch pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	$(PIP) -c $(CONSTRAINTS) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -c $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
