@@ -84,6 +84,15 @@ def test_attentions_are_probabilities_of_the_last_layer_of_each_stage() -> None:
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
 
 
+def test_returned_attentions_and_hidden_states_get_gradients() -> None:
+    out = build(NatModel)(torch.randn(1, 3, 24, 24), output_attentions=True, output_hidden_states=True)
+    kept = [*out.attentions, *out.hidden_states]
+    for tensor in kept:
+        tensor.retain_grad()
+    out.last_hidden_state.square().sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in kept)
+
+
 def test_configuration_asks_for_outputs_too() -> None:
     pixels = torch.randn(1, 3, 24, 24)
     model = build(output_hidden_states=True, output_attentions=True)

@@ -218,15 +218,16 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _select_stages(self, out_features: Sequence[str] | None, out_indices: Sequence[int] | None) -> None:
         """Align both namings of the stages a backbone returns; the mixin's setters keep them aligned afterwards."""
-        names = list(out_features) if isinstance(out_features, tuple) else out_features
-        indices = list(out_indices) if isinstance(out_indices, tuple) else out_indices
+        names: Any = list(out_features) if isinstance(out_features, tuple) else out_features
+        indices: Any = list(out_indices) if isinstance(out_indices, tuple) else out_indices
         try:
             if names is not None:
                 self.out_features = names
-                if indices is not None and [i % len(self.stage_names) for i in indices] != list(self._out_indices):
+                derived = list(self.out_indices)
+                if indices is not None and [i % len(self.stage_names) for i in indices] != derived:
                     raise ArgumentError(
                         f"out_features and out_indices should correspond to the same stages if both are set, "
-                        f"got {names} and {indices}. Give one of them; the indices are {list(self._out_indices)}."
+                        f"got {names} and {indices}. Give one of them; the indices are {derived}."
                     )
                 if indices is not None:
                     self._out_indices = indices

@@ -213,7 +213,7 @@ def infer_config(state_dict: Mapping[str, Tensor], **settings: Any) -> tuple[Nat
         "qkv_bias": "levels.0.blocks.0.attn.qkv.bias" in state_dict,
         # Any value above 0 makes room for the weights; published models with layer scale started from this one.
         "layer_scale_init_value": 1e-5 if "levels.0.blocks.0.gamma1" in state_dict else 0.0,
-        "num_labels": len(state_dict["head.weight"]) if "head.weight" in state_dict else 0,
+        "num_labels": _shape(state_dict, "head.weight", 2)[0] if "head.weight" in state_dict else 0,
     }
     variant = None
     for name, published in VARIANTS.items():
@@ -234,8 +234,9 @@ def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state_dict.items():
         if match := _QKV.match(name):
             prefix = match.expand(_LAYER) + "attention.self."
-            for part, rows in zip(("query", "key", "value"), value.tensor_split(3), strict=True):
-                renamed[f"{prefix}{part}.{match[3]}"] = rows.clone()  # safetensors takes no views of shared memory
+            thirds = value.tensor_split(3) if value.ndim else [value] * 3
+            for part, third in zip(("query", "key", "value"), thirds, strict=True):
+                renamed[f"{prefix}{part}.{match[3]}"] = third.clone()  # safetensors takes no views of shared memory
         elif match := _GAMMA.match(name):
             gammas.setdefault(match.expand(_LAYER), {})[match[3]] = value
         else:
@@ -244,12 +245,10 @@ def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 if count:
                     break
             renamed[new if count else name] = value
-    for prefix, rows in gammas.items():
-        if set(rows) != {"1", "2"} or rows["1"].shape != rows["2"].shape:
-            raise CheckpointError(
-                f"the checkpoint is incomplete: {prefix} has gamma{' and gamma'.join(sorted(rows))} alone."
-            )
-        renamed[prefix + "layer_scale_parameters"] = torch.stack([rows["1"], rows["2"]])
+    for prefix, pair in gammas.items():
+        if set(pair) != {"1", "2"} or pair["1"].shape != pair["2"].shape:
+            raise CheckpointError(f"the checkpoint is incomplete: {prefix} needs gamma1 and gamma2 of one size.")
+        renamed[prefix + "layer_scale_parameters"] = torch.stack([pair["1"], pair["2"]])
     return renamed
 
 

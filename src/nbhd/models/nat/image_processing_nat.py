@@ -163,7 +163,8 @@ class NatImageProcessor(BaseImageProcessor):
             offset = (-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)
 
         pixel_values = []
-        for image in make_flat_list_of_images(self.fetch_images(images)):
+        flat: list[Any] = make_flat_list_of_images(self.fetch_images(images))  # type: ignore[assignment]
+        for image in flat:
             planes = _planes(image, do_convert_rgb, input_data_format)
             if do_resize:
                 planes = _resize(planes, _resized(planes[0].size, target), resample)
@@ -220,7 +221,7 @@ def _resample(value: Any) -> int:
         raise ArgumentError(f"resample must be one of {names}, got {value!r}. Published models use 3.") from None
 
 
-def _channels(value: float | Sequence[float]) -> list[float]:
+def _channels(value: Any) -> list[float]:
     return [float(v) for v in value] if isinstance(value, (list, tuple, np.ndarray)) else [float(value)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +22,10 @@ from nbhd.models.nat.configuration_nat import NatConfig
 class NatEncoderOutput(ModelOutput):
     """Outputs of the encoder; the fields are those of `NatModelOutput`, before the last norm."""
 
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class NatPatchEmbeddings(nn.Module):
@@ -58,7 +59,8 @@ class NatPatchEmbeddings(nn.Module):
                 "through the model's image processor first."
             )
         # Reordering the few channels of the pixels once makes every later permute free.
-        pixel_values = pixel_values.to(self.projection[0].weight.dtype, memory_format=torch.channels_last)
+        dtype: Any = self.projection[0].weight.dtype
+        pixel_values = pixel_values.to(dtype, memory_format=torch.channels_last)
         return self.projection(pixel_values).permute(0, 2, 3, 1)
 
 
@@ -147,9 +149,11 @@ class NeighborhoodAttention(nn.Module):
         probabilities = attention_weights(
             query, key, self.kernel_size, dilation=self.dilation, rel_pos_bias=self.rpb
         )  # (B, H, W, heads, kernel_size**2)
-        probabilities = self.dropout(probabilities)
-        context = apply_attention_weights(probabilities, value, self.kernel_size, dilation=self.dilation)
-        return context.flatten(-2), probabilities.permute(0, 3, 1, 2, 4) if output_attentions else None
+        # Heads first is what is returned; the values are weighted through that view, so that it gets a gradient.
+        returned = self.dropout(probabilities).permute(0, 3, 1, 2, 4)
+        weights = returned.permute(0, 2, 3, 1, 4)
+        context = apply_attention_weights(weights, value, self.kernel_size, dilation=self.dilation)
+        return context.flatten(-2), returned if output_attentions else None
 
 
 class NeighborhoodAttentionOutput(nn.Module):

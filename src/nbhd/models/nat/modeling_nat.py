@@ -20,6 +20,7 @@ With ``config.dilations`` it is the Dilated Neighborhood Attention Transformer (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,11 +49,11 @@ class NatModelOutput(ModelOutput):
         reshaped_hidden_states: ``hidden_states`` as ``(batch, channels, height, width)`` views.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -65,11 +66,11 @@ class NatImageClassifierOutput(ModelOutput):
         hidden_states, attentions, reshaped_hidden_states: as in `NatModelOutput`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class NatPreTrainedModel(PreTrainedModel):
@@ -79,11 +80,11 @@ class NatPreTrainedModel(PreTrainedModel):
     config_class = NatConfig
     base_model_prefix = "nat"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["NatEmbeddings", "NatLayer"]  # noqa: RUF012
 
-    def __init__(self, config: NatConfig, *args, **kwargs) -> None:
+    def __init__(self, config: NatConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         # Attributes may have changed since the configuration was made.
         config.check()
@@ -129,11 +130,11 @@ class NatModel(NatPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> NatModelOutput | tuple:
         """Features of a batch of images.
 
@@ -176,21 +177,19 @@ class NatForImageClassification(NatPreTrainedModel):
 
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.nat = NatModel(config)
-        self.classifier = (
-            nn.Linear(self.nat.num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        )
+        self.classifier = nn.Linear(self.nat.num_features, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> NatImageClassifierOutput | tuple:
         """Logits, and the loss when there are labels.
 
@@ -234,7 +233,7 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)
         if hasattr(self, "_init_backbone"):  # TODO: drop when the oldest supported transformers does this in __init__
-            self._init_backbone(config)
+            self._init_backbone(config)  # type: ignore[operator]
         self.num_features = [config.embed_dim, *(int(config.embed_dim * 2**i) for i in range(len(config.depths)))]
         self.embeddings = NatEmbeddings(config)
         self.encoder = NatEncoder(config)
@@ -252,7 +251,7 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BackboneOutput | tuple:
         """Feature maps of a batch of images.
 
