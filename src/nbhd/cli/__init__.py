@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +31,19 @@ COMMANDS = {
     "info": "Say what nbhd can use on this machine.",
 }
 
+_ABOUT = r"""Neighborhood attention for PyTorch, and the vision transformers made of it.
+
+\b
+Example:
+  nbhd classify photos/ --top-k 3
+"""
+
 _NO_MARKUP: Any = None  # plain help: it starts faster and keeps its shape in a pipe
+
+
+def _help(text: str | None) -> str:
+    """A docstring as help: paragraphs are wrapped, but not those under a line with a backslash and b."""
+    return inspect.cleandoc(text or "").replace("\\b", "\b")
 
 
 class _Commands(TyperGroup):
@@ -41,7 +57,7 @@ class _Commands(TyperGroup):
             return None
         function = getattr(importlib.import_module(f"nbhd.cli.{cmd_name}"), cmd_name)
         single = typer.Typer(add_completion=False, rich_markup_mode=_NO_MARKUP, pretty_exceptions_enable=False)
-        single.command(cmd_name)(function)
+        single.command(cmd_name, help=_help(function.__doc__))(function)
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -69,21 +85,20 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=_help(_ABOUT))
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="On an error, print the traceback.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Neighborhood attention for PyTorch, and the vision transformers made of it.
-
-    \b
-    Example:
-      nbhd classify photos/ --top-k 3
-    """  # noqa: D301  (backspace is typer's mark for "keep these lines")
+    """What stands before the command."""
 
 
 def main() -> None:
     """The console script."""
+    # A closed stream (`nbhd ... >&-`) is None in Python; what goes there is lost, which is what was asked for.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (for the process's life)
     app(prog_name="nbhd")

@@ -36,7 +36,7 @@ _BY_SUFFIX = {".json": Format.json, ".csv": Format.csv, ".parquet": Format.parqu
 
 
 def classify(
-    paths: Annotated[list[str], typer.Argument(help="Pictures, folders of them, or glob patterns.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Pictures, folders of them, or glob patterns.")],
     top_k: Annotated[
         int, typer.Option("--top-k", "-k", min=1, help="Labels for each picture, at most all there are.")
     ] = 5,
@@ -59,7 +59,7 @@ def classify(
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the results here, whole or not at all.")
     ] = None,
 ) -> None:
-    """Name what is in pictures: the most probable labels of each, with their probabilities.
+    r"""Name what is in pictures: the most probable labels of each, with their probabilities.
 
     What is a picture is decided by the bytes of a file, not by its name. Folders are searched to the bottom, hidden
     files passed over. A file named twice is classified once. Whatever cannot be read is named on standard error and
@@ -71,7 +71,7 @@ def classify(
       nbhd classify photos/ 'more/**/*.png' --top-k 1
       nbhd classify photos/ --format json > labels.json
       nbhd classify photos/ --output labels.parquet --model ./my-model --device cuda
-    """  # noqa: D301  (backspace is typer's mark for "keep these lines")
+    """
     if output == "-":
         output = None
     written_as = _choose_format(format, output)
@@ -166,11 +166,15 @@ def _writer(format: Format, output: str | None, inputs: Iterable[Input], labels:
         writer: Writer
         if format is Format.table:
             paths = max((width(printable(item.path)) for item in inputs if item.error is None), default=0)
-            writer = TableWriter(stream, paths, max(map(width, labels)), bold=output is None and stream.isatty())
+            writer = TableWriter(stream, paths, max(map(width, labels)), bold=output is None and _in_colour(stream))
         else:
             writer = make_writer(format.value, stream)
         with contextlib.closing(writer):
             yield writer
+
+
+def _in_colour(stream: IO[str]) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
 
 
 def _stdout(utf8: bool) -> IO[str]:

@@ -28,12 +28,12 @@ class Format(StrEnum):
 def info(
     format: Annotated[Format, typer.Option("--format", "-f", help="For people or for programs.")] = Format.text,
 ) -> None:
-    """Say what nbhd can use on this machine: versions, devices, which backends run and why the others do not.
+    r"""Say what nbhd can use on this machine: versions, devices, which backends run and why the others do not.
 
     \b
     Example:
       nbhd info --format json
-    """  # noqa: D301  (backspace is typer's mark for "keep these lines")
+    """
     facts = gather()
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if format is Format.json else "\n".join(_lines(facts)))
 

@@ -1,0 +1,75 @@
+"""The commands are found, described and started; how they end."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from nbhd import __version__, cli
+from nbhd.cli import COMMANDS, app
+from nbhd.errors import FileError, RecipeError
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there_and_its_help_has_an_example(name: str) -> None:
+    assert callable(getattr(importlib.import_module(f"nbhd.cli.{name}"), name))
+    run = CliRunner().invoke(app, [name, "--help"])
+    assert run.exit_code == 0
+    assert f"\n    nbhd {name}" in run.stdout or f"\n      nbhd {name}" in run.stdout  # lines kept as they are
+    assert "\\b" not in run.stdout
+
+
+def test_help_lists_the_commands() -> None:
+    for args in (["--help"], ["-h"], []):
+        run = CliRunner().invoke(app, args)
+        assert run.exit_code == (0 if args else 2)
+        for name, line in COMMANDS.items():
+            assert f"  {name:<8}  {line}" in run.output
+
+
+def test_version() -> None:
+    run = CliRunner().invoke(app, ["--version"])
+    assert (run.exit_code, run.stdout) == (0, f"nbhd {__version__}\n")
+
+
+def test_unknown_command() -> None:
+    run = CliRunner().invoke(app, ["nonsense"])
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert "No such command 'nonsense'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (RecipeError("optim.lr must be positive"), 2, "nbhd: optim.lr must be positive\n"),
+        (FileError("a.jpg: cut short"), 1, "nbhd: a.jpg: cut short\n"),
+        (OSError(28, "No space left on device", "out"), 1, "nbhd: out: No space left on device\n"),
+        (KeyboardInterrupt(), 130, "nbhd: interrupted\n"),
+        (BrokenPipeError(), 141, ""),
+        (ValueError("\x1b[31mx"), 1, "nbhd: internal error: ValueError: \\x1b[31mx\n"),
+    ],
+)
+def test_how_a_command_ends(monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, message: str) -> None:
+    def info() -> None:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("nbhd.cli.info"), "info", info)
+    run = CliRunner().invoke(app, ["info"])
+    assert run.exit_code == status
+    assert run.stdout == ""
+    assert run.stderr.startswith(message)
+    assert "Traceback" not in run.stderr
+
+
+def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nbhd", "info"])
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    sys.stdout.close()
+    sys.stderr.close()
