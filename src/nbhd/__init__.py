@@ -25,11 +25,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":
-        return importlib.import_module("nbhd.nn")
-    if name in __all__:
-        return getattr(importlib.import_module("nbhd.functional"), name)
-    raise AttributeError(f"module 'nbhd' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'nbhd' has no attribute {name!r}")
+    functional = importlib.import_module("nbhd.functional")
+    globals()[name] = found = importlib.import_module("nbhd.nn") if name == "nn" else getattr(functional, name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -202,7 +202,7 @@ def attention_weights(
     if _needs_plain_torch(query, key, rel_pos_bias):
         scores = reference.scores(query, key, rel_pos_bias, neighborhood, scale)
     else:
-        scores = torch.ops.nbhd.scores(query, key, rel_pos_bias, *_flat(neighborhood), scale, backend)
+        scores = torch.ops.nbhd.scores(query, key, rel_pos_bias, *ops.flat(neighborhood), scale, backend)
     return torch.softmax(scores, -1)
 
 
@@ -243,7 +243,7 @@ def apply_attention_weights(
     _same_kind("weights", weights, "value", value)
     if _needs_plain_torch(weights, value):
         return reference.weighted_sum(weights, value, neighborhood)
-    result: Tensor = torch.ops.nbhd.weighted_sum(weights, value, *_flat(neighborhood), backend)
+    result: Tensor = torch.ops.nbhd.weighted_sum(weights, value, *ops.flat(neighborhood), backend)
     return result
 
 
@@ -266,12 +266,8 @@ def _attention(
     return (out, lse) if return_lse else out
 
 
-def _flat(neighborhood: Neighborhood) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
-    return neighborhood.kernel_size, neighborhood.stride, neighborhood.dilation, neighborhood.is_causal
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As scaled_dot_product_attention: inputs take the dtype of an active autocast; float64 stays, and so does a bias."""
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """As scaled_dot_product_attention: inputs take an active autocast's dtype; float64 stays, and so does a bias."""
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors

@@ -4,12 +4,14 @@
     nbhd::scores          the scores before the softmax     nbhd::scores_backward
     nbhd::weighted_sum    weights times values              nbhd::weighted_sum_backward
 
-Each picks its backend when it runs, so a traced or exported graph is not tied to the machine that made it. Eager calls on
-ordinary tensors skip the dispatcher (``attend``): on a small map it costs more than the attention. The gradient of a backward op goes through the reference, which autograd differentiates to any order.
+Each picks its backend when it runs, so a traced or exported graph is not tied to the machine that made it. Eager calls
+on ordinary tensors skip the dispatcher (``attend``): on a small map it costs more than the attention. The gradient of
+a backward op goes through the reference, which autograd differentiates to any order.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +44,18 @@ Bools = Sequence[bool]
 Grad = Tensor | None
 
 
+@functools.lru_cache(maxsize=1024)
+def _cached(kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Neighborhood:
+    return Neighborhood(kernel_size, stride, dilation, is_causal)
+
+
 def _neighborhood(kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools) -> Neighborhood:
-    return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+    return _cached(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+
+
+def flat(neighborhood: Neighborhood) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """A neighborhood as the four arguments the schemas have for it."""
+    return neighborhood.kernel_size, neighborhood.stride, neighborhood.dilation, neighborhood.is_causal
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -65,7 +77,14 @@ def _na_forward(
     dilation: Ints, is_causal: Bools, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
-    if query.numel() == 0 or value.numel() == 0:
+    return _attend_now(query, key, value, rel_pos_bias, neighborhood, scale, backend)
+
+
+def _attend_now(
+    query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if query.numel() == 0:
         return _na_forward_fake(query, key, value)
     query, key, value = _rows(query), _rows(key), _rows(value)
     call = backends.Call(query, key, value, rel_pos_bias, neighborhood)
@@ -78,9 +97,8 @@ def attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp: the op, or what it would do where nobody watches the dispatcher."""
-    geometry = (neighborhood.kernel_size, neighborhood.stride, neighborhood.dilation, neighborhood.is_causal)
     if not _is_plain(query, key, value, rel_pos_bias):
-        out, lse = torch.ops.nbhd.na_forward(query, key, value, rel_pos_bias, *geometry, scale, backend)
+        out, lse = torch.ops.nbhd.na_forward(query, key, value, rel_pos_bias, *flat(neighborhood), scale, backend)
         return out, lse
     if torch.is_grad_enabled() and (
         query.requires_grad
@@ -88,9 +106,9 @@ def attend(
         or value.requires_grad
         or (rel_pos_bias is not None and rel_pos_bias.requires_grad)
     ):
-        out, lse = _Attend.apply(query, key, value, rel_pos_bias, *geometry, scale, backend)
+        out, lse = _Attend.apply(query, key, value, rel_pos_bias, neighborhood, scale, backend)
         return out, lse
-    return _na_forward(query, key, value, rel_pos_bias, *geometry, scale, backend)
+    return _attend_now(query, key, value, rel_pos_bias, neighborhood, scale, backend)
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -120,17 +138,27 @@ def _na_backward(
     d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, out: Tensor,
     lse: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if query.numel() == 0 or value.numel() == 0:
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    d_query, d_key, d_value, d_bias = _backward_now(
+        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale, backend
+    )
+    return d_query, d_key, d_value, _bias_gradient(None, query) if d_bias is None else d_bias
+
+
+def _backward_now(
+    d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, out: Tensor,
+    lse: Tensor, neighborhood: Neighborhood, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    if query.numel() == 0:
         zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
         return zeros[0], zeros[1], zeros[2], _bias_gradient(rel_pos_bias, query)
-    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
     d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
     query, key, value = _rows(query), _rows(key), _rows(value)
     chosen = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
     d_query, d_key, d_value, d_bias = chosen.backward(
         d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale
     )
-    return d_query, d_key, d_value, _bias_gradient(None, query) if d_bias is None else d_bias
+    return d_query, d_key, d_value, d_bias
 
 
 def _na_backward_fake(
@@ -157,10 +185,9 @@ def _na_autograd(ctx: Any, d_out: Grad, d_lse: Grad) -> tuple[Any, ...]:
     if d_out is None and d_lse is None:
         return nothing
     query, key, value, rel_pos_bias, out, lse = ctx.saved_tensors
-    # Where grad is enabled the gradient itself is to be differentiated, which the op knows how to.
-    direct = not torch.is_grad_enabled() and _is_plain(query, key, value, d_lse if d_out is None else d_out)
-    run = _na_backward if direct else torch.ops.nbhd.na_backward
-    d_query, d_key, d_value, d_bias = run(d_out, d_lse, query, key, value, rel_pos_bias, out, lse, *ctx.options)
+    d_query, d_key, d_value, d_bias = torch.ops.nbhd.na_backward(
+        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, *ctx.options
+    )
     return d_query, d_key, d_value, None if rel_pos_bias is None else d_bias, *nothing[4:]
 
 
@@ -168,14 +195,29 @@ class _Attend(torch.autograd.Function):
     """``na_forward`` with its gradient, called without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        output = _na_forward(*inputs)
-        _na_setup(ctx, inputs, output)
-        return output
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood,
+        scale: float, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = _attend_now(query, key, value, rel_pos_bias, neighborhood, scale, backend)
+        ctx.save_for_backward(query, key, value, rel_pos_bias, out, lse)
+        ctx.call = (neighborhood, scale, backend)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Grad) -> tuple[Any, ...]:  # type: ignore[override]
-        return _na_autograd(ctx, *gradients)
+    def backward(ctx: Any, d_out: Grad, d_lse: Grad) -> tuple[Any, ...]:  # type: ignore[override]
+        if d_out is None and d_lse is None:
+            return (None,) * 7
+        query, key, value, rel_pos_bias, out, lse = ctx.saved_tensors
+        neighborhood, scale, backend = ctx.call
+        given = (d_out, d_lse, query, key, value, rel_pos_bias, out, lse)
+        # Where grad is enabled the gradient itself is to be differentiated, which the op knows how to.
+        if torch.is_grad_enabled() or not _is_plain(query, key, value, d_lse if d_out is None else d_out):
+            *gradients, d_bias = torch.ops.nbhd.na_backward(*given, *flat(neighborhood), scale, backend)
+        else:
+            *gradients, d_bias = _backward_now(*given, neighborhood, scale, backend)
+        return *gradients, None if rel_pos_bias is None else d_bias, None, None, None
 
 
 def _na_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

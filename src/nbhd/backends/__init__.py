@@ -19,8 +19,8 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ ORDER: dict[str, tuple[str, ...]] = {
 LARGE_CALL = 1 << 26
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a backend is asked to judge: the tensors and the neighborhood."""
 
     query: Tensor
@@ -60,9 +59,16 @@ def load(name: str) -> ModuleType:
     Raises:
         ArgumentError: there is no backend of this name.
     """
+    module = _loaded.get(name)
+    if module is not None:
+        return module
     if name not in MODULES:
         raise ArgumentError(f"backend must be 'auto' or one of {', '.join(map(repr, MODULES))}, got {name!r}.")
-    return importlib.import_module(MODULES[name])
+    _loaded[name] = importlib.import_module(MODULES[name])
+    return _loaded[name]
+
+
+_loaded: dict[str, ModuleType] = {}
 
 
 def order(device_type: str) -> tuple[str, ...]:
