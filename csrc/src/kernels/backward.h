@@ -13,32 +13,30 @@ constexpr int backward_transposed = 2, backward_rows = 3; // K and V transposed;
 
 struct BackwardBuffers {
     Ring ring;
-    Real *keys, *values;                          // transposed
-    Real *key_rows_copy, *d_keys, *d_values;      // natural
-    int64_t keys_head, values_head, key_head, value_head;
+    PackedKeys keys, values;
+    Real *key_rows_copy, *d_keys, *d_values;       // [head][slot][key][channel]
+    int64_t key_head, value_head;
     ColumnTile *columns;
-    int n_columns;
+    ColumnTiles tiles;
     KeyRow *key_rows;
     BiasTables bias;
-    Real *query, *d_out, *query_rows, *d_out_rows; // [row][channel][lane], [row][lane][channel]
+    Real *query, *d_out, *query_rows, *d_out_rows; // [row][channel][lane], [row][query][channel]
     Real *scores, *d_scores, *out;
 };
 
 static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
-    int sets;
     f.ring = make_ring(m, b);
-    f.n_columns = lay_out_columns(arena, m, b, f.columns, sets);
+    f.tiles = lay_out_columns(arena, m, b, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     const int slots = f.ring.shape.slots();
-    f.keys_head = slots * f.ring.transposed_row(p.dim), f.values_head = slots * f.ring.transposed_row(p.dim_v);
     f.key_head = slots * f.ring.natural_row(p.dim), f.value_head = slots * f.ring.natural_row(p.dim_v);
-    f.keys = arena.take<Real>(kv_heads * f.keys_head + lanes);
-    f.values = arena.take<Real>(kv_heads * f.values_head + lanes);
+    f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
+    f.values = lay_out_keys(arena, f.ring, p.dim_v, p.axis[2].kernel, kv_heads, f.tiles.pairs);
     f.key_rows_copy = arena.take<Real>(kv_heads * f.key_head);
     f.d_keys = arena.take<Real>(kv_heads * f.key_head);
     f.d_values = arena.take<Real>(kv_heads * f.value_head);
-    lay_out_bias(f.bias, arena, p, heads, sets, true);
+    lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, true);
     f.query = arena.take<Real>(tile_rows * p.dim * lanes);
     f.d_out = arena.take<Real>(tile_rows * p.dim_v * lanes);
     f.query_rows = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
@@ -87,36 +85,46 @@ static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardB
     const bool holes = has_holes(t, c, p);
     for (int r = 0; r < t.n; r++) {
         Real *q = f.query_rows + r * lanes * width, *g = f.d_out_rows + r * lanes * width_v;
-        pack_rows(v.query.at(t.z, t.y + r, c.x, head), v.query.x, c.n, p.dim, q, Real(p.scale) * log2_e);
-        pack_transposed(q, width, c.n, p.dim, f.query + r * p.dim * lanes, lanes, Real(1));
-        pack_rows(v.d_out.at(t.z, t.y + r, c.x, head), v.d_out.x, c.n, p.dim_v, g, Real(1));
-        pack_transposed(g, width_v, c.n, p.dim_v, f.d_out + r * p.dim_v * lanes, lanes, Real(1));
+        const Real *q_token[lanes] = {}, *g_token[lanes] = {};
+        for (int i = 0; i < c.runs; i++) {
+            const Run &run = c.run[i];
+            pack_rows(v.query.at(t.z, t.y + r, run.x, head), v.query.x, run.n, p.dim, q + run.index * width, Real(p.scale) * log2_e);
+            pack_rows(v.d_out.at(t.z, t.y + r, run.x, head), v.d_out.x, run.n, p.dim_v, g + run.index * width_v, Real(1));
+        }
+        for (int i = 0; i < c.n; i++) q_token[c.lane[i]] = q + i * width, g_token[c.lane[i]] = g + i * width_v;
+        pack_lanes(q_token, p.dim, f.query + r * p.dim * lanes, Real(1));
+        pack_lanes(g_token, p.dim_v, f.d_out + r * p.dim_v * lanes, Real(1));
     }
-    tile_scores(p, t, c, f.ring, f.query, p.dim, f.keys + local_kv_head * f.keys_head, &f.bias, local_head, f.scores, nullptr);
-    tile_scores(p, t, c, f.ring, f.d_out, p.dim_v, f.values + local_kv_head * f.values_head, nullptr, 0, f.d_scores, nullptr);
+    tile_scores(p, t, c, f.keys, local_kv_head, f.query, &f.bias, local_head, f.scores, nullptr);
+    tile_scores(p, t, c, f.values, local_kv_head, f.d_out, nullptr, 0, f.d_scores, nullptr);
     for (int r = 0; r < t.n; r++) {
         Vec lse = splat(Real(1e30)), d_lse{}; // idle lanes: weights of zero
-        const Real *l = v.lse.at(t.z, t.y + r, c.x, head), *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, c.x, head) : nullptr;
+        const Real *l = v.lse.at(t.z, t.y + r, 0, head), *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
         for (int i = 0; i < c.n; i++) {
-            lse[i] = l[i * v.lse.x] * log2_e;
-            if (dl) d_lse[i] = dl[i * v.d_lse.x];
+            lse[c.lane[i]] = l[c.x[i] * v.lse.x] * log2_e;
+            if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x];
         }
         softmax_gradient(p, f, t, c, r, holes, lse, d_lse, local_head, d_bias);
     }
     WeightedSum s;
     s.weights = f.d_scores, s.weights_row = (int64_t)slots * lanes, s.kernel = p.axis[2].kernel;
     s.values = f.key_rows_copy + local_kv_head * f.key_head, s.ring_row = f.ring.natural_row(p.dim), s.width = width;
-    s.rows = &t, s.first = c.first, s.end = c.end, s.normaliser = nullptr, s.factor = Real(p.scale);
-    weighted_sum_to(s, c.n, v.d_query.at(t.z, t.y, c.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
-
+    s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale);
     KeyGradient g;
-    g.weights_row = (int64_t)slots * lanes, g.kernel = p.axis[2].kernel, g.rows = &t, g.first = c.first, g.end = c.end, g.n = c.n;
-    g.weights = f.scores, g.vectors = f.d_out_rows, g.vectors_row = lanes * width_v, g.width = width_v;
-    g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
-    key_gradient(g);
-    g.weights = f.d_scores, g.vectors = f.query_rows, g.vectors_row = lanes * width, g.width = width;
-    g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
-    key_gradient(g);
+    g.weights_row = (int64_t)slots * lanes, g.kernel = p.axis[2].kernel, g.rows = &t;
+    for (int i = 0; i < c.runs; i++) {
+        const Run &run = c.run[i];
+        s.first = g.first = c.first + run.index, s.end = g.end = c.end + run.index;
+        s.lane = g.lane = run.lane, s.lane_step = g.lane_step = run.step, g.n = run.n;
+        weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
+
+        g.weights = f.scores, g.vectors = f.d_out_rows + run.index * width_v, g.vectors_row = lanes * width_v, g.width = width_v;
+        g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
+        key_gradient(g);
+        g.weights = f.d_scores, g.vectors = f.query_rows + run.index * width, g.vectors_row = lanes * width, g.width = width;
+        g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
+        key_gradient(g);
+    }
 }
 
 // Where the gradients of keys and values go: the tensors, or sums in Real when several blocks add to 16-bit ones.
@@ -143,11 +151,12 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
                 const int n = x + lanes < ring.width ? lanes : ring.width - x, local = h - task.head_begin;
                 Real *row = f.key_rows_copy + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
                 pack_rows(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim, row, Real(1));
-                pack_transposed(row, width, n, p.dim, f.keys + local * f.keys_head + slot * ring.transposed_row(p.dim) + x, ring.pitch,
+                pack_transposed(row, width, n, p.dim, f.keys.row(local, slot) + x, ring.pitch, Real(1));
+                pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v, f.values.row(local, slot) + x, ring.pitch,
                                 Real(1));
-                pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
-                                f.values + local * f.values_head + slot * ring.transposed_row(p.dim_v) + x, ring.pitch, Real(1));
             }
+        pack_pairs_of(f.keys, slot, f.columns, f.tiles);
+        pack_pairs_of(f.values, slot, f.columns, f.tiles);
     };
     const auto flush = [&](int kz, int ky, int slot) {
         for (int x = 0; x < ring.width; x++)
@@ -173,7 +182,7 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
             if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;
             if (ring.packed < from) ring.packed = from;
             if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
-            for (int i = 0; i < f.n_columns; i++)
+            for (int i = 0; i < f.tiles.n; i++)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
                         const int local = h - task.head_begin;

@@ -53,14 +53,15 @@ template <class T, class G> static void backward_blocks(BackwardJob &job, const 
             }
             arena = Arena{(char *)memory};
             lay_out(f, arena, p, m, b, task);
-            fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.n_columns);
+            fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
+            clear(f.keys), clear(f.values);
             for (int64_t image = 0; image < images; image++) {
                 Map one = m;
                 one.batch += int(image);
                 const GradientTarget<G> target{view<G>(job.d_key, p, one), view<G>(job.d_value, p, one), job.plan.shares_keys()};
                 backward_map<T, G>(p, one, b, task, f, target, d_bias);
             }
-            if (d_bias && f.bias.expanded) fold_bias(f.bias, heads, f.columns, f.n_columns, d_bias);
+            if (d_bias && f.bias.expanded) fold_bias(f.bias, heads, f.columns, f.tiles.n, d_bias);
         });
         n += images;
     }

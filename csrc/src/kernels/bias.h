@@ -1,10 +1,10 @@
 // The relative position bias, as the score kernel wants it, and its gradient.
 //
-//      compact    [head][bias row][bias column]            plain column tiles: all lanes of offset j read one number
-//      expanded   [head][set][bias row][offset][lane]      border column tiles: one set for each, a vector per offset
+//      compact    [head][bias row][bias column]            sliding tiles: all lanes of offset j read one number
+//      expanded   [head][set][bias row][offset][lane]      other tiles: one set for each, a vector per offset
 //
 // The gradient is summed in the expanded form, for all images of a task, and folded into [head][row][column] once. Where the
-// expanded tables would be large (3D windows, long sequences), borders gather and scatter tile by tile instead.
+// expanded tables would be large (3D windows, long sequences), those gather and scatter tile by tile instead.
 #pragma once
 #include "block.h"
 #include "softmax.h"
@@ -13,7 +13,7 @@ namespace nbhd::NBHD_ISA {
 
 struct BiasTables {
     bool present = false, expanded = false;
-    int rows, columns, kernel, sets; // sets counts the plain one
+    int rows, columns, kernel, sets; // set 0 is the sliding tiles'
     Real *compact, *table, *sum;     // sum: null in the forward
 
     int64_t set_size() const { return (int64_t)rows * kernel * lanes; }
@@ -48,7 +48,7 @@ static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < n_tiles; i++) {
             const ColumnTile &t = tiles[i];
-            if (t.plain) continue;
+            if (!t.bias_set) continue;
             for (int row = 0; row < b.rows; row++) {
                 const Real *from = b.compact_row(h, row);
                 Real *to = b.table_row(h, t.bias_set, row);
@@ -62,7 +62,7 @@ static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads
     if (b.sum) memset(b.sum, 0, heads * b.sets * b.set_size() * sizeof(Real));
 }
 
-// Bias of a border tile gathered into the scores themselves, where the score kernel then starts from.
+// Bias of a tile without a table, gathered into the scores themselves, where the score kernel then starts from.
 static void gather_bias(const BiasTables &b, int head, int row, const ColumnTile &t, Real *scores) {
     const Real *from = b.compact_row(head, row);
     for (int j = 0; j < b.kernel; j++)
@@ -75,21 +75,27 @@ static void gather_bias(const BiasTables &b, int head, int row, const ColumnTile
 // Adds a tile's score gradients of one key row to d_bias row `to`.
 static void scatter_bias(const ColumnTile &t, const Real *d_scores, int kernel, Real *to) {
     for (int j = 0; j < kernel; j++)
-        for (int l = 0; l < t.n; l++)
+        for (int i = 0; i < t.n; i++) {
+            const int l = t.lane[i];
             if (j < t.count[l]) to[t.lane_column[l] + j] += d_scores[j * lanes + l];
+        }
 }
 
 // Folds the expanded sums into d_bias [heads][rows][columns].
 static void fold_bias(const BiasTables &b, int heads, const ColumnTile *tiles, int n_tiles, Real *d_bias) {
-    bool plain_done = false;
-    for (int i = 0; i < n_tiles; i++) {
-        const ColumnTile &t = tiles[i];
-        if (t.plain && plain_done) continue;
-        plain_done |= t.plain;
-        for (int h = 0; h < heads; h++)
-            for (int row = 0; row < b.rows; row++)
-                scatter_bias(t, b.sum_row(h, t.plain ? 0 : t.bias_set, row), b.kernel, d_bias + ((int64_t)h * b.rows + row) * b.columns);
-    }
+    int common = -1; // bias column of set 0; its idle lanes hold zeros
+    for (int i = 0; i < n_tiles; i++)
+        if (!tiles[i].bias_set) common = tiles[i].lane_column[0];
+    for (int h = 0; h < heads; h++)
+        for (int row = 0; row < b.rows; row++) {
+            Real *to = d_bias + ((int64_t)h * b.rows + row) * b.columns;
+            for (int i = 0; i < n_tiles; i++)
+                if (tiles[i].bias_set) scatter_bias(tiles[i], b.sum_row(h, tiles[i].bias_set, row), b.kernel, to);
+            if (common < 0) continue;
+            const Real *from = b.sum_row(h, 0, row);
+            for (int j = 0; j < b.kernel; j++)
+                for (int l = 0; l < lanes; l++) to[common + j] += from[j * lanes + l];
+        }
 }
 
 } // namespace nbhd::NBHD_ISA

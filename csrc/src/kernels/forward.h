@@ -11,45 +11,32 @@ constexpr int forward_transposed = 1, forward_rows = 1; // copies of a key's cha
 // Buffers of one block, for all heads of a task.
 struct ForwardBuffers {
     Ring ring;
-    Real *keys, *values; // [head][slot][channel][key] and [head][slot][key][channel]
-    int64_t keys_head, values_head;
+    PackedKeys keys;
+    Real *values; // [head][slot][key][channel]
+    int64_t values_head;
     ColumnTile *columns;
-    int n_columns;
+    ColumnTiles tiles;
     KeyRow *key_rows;
     BiasTables bias;
     Real *query, *scores, *maximum, *normaliser, *out;
 };
 
-static int lay_out_columns(Arena &arena, const Map &m, const Block &b, ColumnTile *&tiles, int &sets) {
-    int n = 0;
-    sets = 1;
-    for (int x = b.begin[2]; x < b.end[2]; n++) {
-        const ColumnTile t = column_tile(m.axis[2], x, b.end[2], b.key_begin[2]);
-        sets += !t.plain;
-        x += t.n;
-    }
-    tiles = arena.take<ColumnTile>(n);
-    if (tiles) {
-        int set = 1, i = 0;
-        for (int x = b.begin[2]; x < b.end[2]; x += tiles[i++].n) {
-            tiles[i] = column_tile(m.axis[2], x, b.end[2], b.key_begin[2]);
-            if (!tiles[i].plain) tiles[i].bias_set = set++;
-        }
-    }
+static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, ColumnTile *&tiles) {
+    const ColumnTiles n = make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], nullptr);
+    tiles = arena.take<ColumnTile>(n.n);
+    if (tiles) make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], tiles);
     return n;
 }
 
 static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
-    int sets;
     f.ring = make_ring(m, b);
-    f.n_columns = lay_out_columns(arena, m, b, f.columns, sets);
+    f.tiles = lay_out_columns(arena, m, b, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
-    f.keys_head = f.ring.shape.slots() * f.ring.transposed_row(p.dim);
     f.values_head = f.ring.shape.slots() * f.ring.natural_row(p.dim_v);
-    f.keys = arena.take<Real>(kv_heads * f.keys_head + lanes);
+    f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
     f.values = arena.take<Real>(kv_heads * f.values_head);
-    lay_out_bias(f.bias, arena, p, heads, sets, false);
+    lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, false);
     f.query = arena.take<Real>(tile_rows * p.dim * lanes);
     f.scores = arena.take<Real>((int64_t)tile_rows * p.window() * lanes);
     f.maximum = arena.take<Real>(tile_rows * lanes);
@@ -58,30 +45,30 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
 }
 
 // Scores of a whole tile with packed keys of one head, from bias table `head` when start says so.
-static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c, const Ring &ring, const Real *query, int channels,
-                        const Real *keys, const BiasTables *bias, int head, Real *scores_out, Real *maximum) {
-    const int kernel = p.axis[2].kernel;
+static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c, const PackedKeys &keys, int kv_head, const Real *query,
+                        const BiasTables *bias, int head, Real *scores_out, Real *maximum) {
+    const int kernel = p.axis[2].kernel, channels = keys.channels;
     const int64_t row_scores = (int64_t)p.window() * lanes, slot_scores = (int64_t)kernel * lanes;
     ScoreBlock s;
-    s.query_row = (int64_t)channels * lanes, s.pitch = ring.pitch, s.channels = channels, s.index = &c.index;
-    s.start = !bias || !bias->present ? Start::zero : c.plain ? Start::shared : Start::by_lane;
+    s.query_row = (int64_t)channels * lanes, s.pitch = c.keys == Keys::paired ? 2 * kernel : keys.pitch, s.channels = channels, s.index = &c.index;
+    s.start = !bias || !bias->present ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
     for (int i = 0; i < t.key_rows; i++) {
         const KeyRow &key = t.key[i];
         const int n = key.end - key.begin;
         if (n <= 0) continue;
         s.query = query + key.begin * s.query_row;
-        s.keys = keys + key.ring * ring.transposed_row(channels) + c.origin;
+        s.keys = c.keys == Keys::paired ? keys.pair_row(kv_head, c.pair, key.ring) : keys.row(kv_head, key.ring) + c.origin;
         s.maximum = maximum ? maximum + key.begin * lanes : nullptr;
         for (int k = 0; k < n; k++) {
             const int r = key.begin + k, row = key.bias_row - r;
             s.scores[k] = scores_out + r * row_scores + (key.slot - t.shift[r]) * slot_scores;
-            if (s.start == Start::shared) s.bias[k] = bias->compact_row(head, row) + c.bias_column;
+            if (s.start == Start::shared) s.bias[k] = bias->compact_row(head, row) + c.lane_column[0];
             else if (s.start == Start::by_lane) {
                 if (bias->expanded) s.bias[k] = bias->table_row(head, c.bias_set, row);
                 else gather_bias(*bias, head, row, c, s.scores[k]), s.bias[k] = s.scores[k];
             }
         }
-        scores(s, n, kernel, !c.plain);
+        scores(s, n, kernel, c.keys);
     }
 }
 
@@ -91,11 +78,12 @@ static void forward_tile(const Problem &p, const View<const T> &query, const Vie
     const int slots = p.window();
     const bool holes = has_holes(t, c, p);
     for (int r = 0; r < t.n; r++) {
-        pack_transposed(query.at(t.z, t.y + r, c.x, head), query.x, c.n, p.dim, f.query + r * p.dim * lanes, lanes,
-                        Real(p.scale) * log2_e);
+        const T *token[lanes] = {};
+        for (int i = 0; i < c.n; i++) token[c.lane[i]] = query.at(t.z, t.y + r, c.x[i], head);
+        pack_lanes(token, p.dim, f.query + r * p.dim * lanes, Real(p.scale) * log2_e);
         store(f.maximum + r * lanes, splat(nothing));
     }
-    tile_scores(p, t, c, f.ring, f.query, p.dim, f.keys + local_kv_head * f.keys_head, &f.bias, local_head, f.scores, f.maximum);
+    tile_scores(p, t, c, f.keys, local_kv_head, f.query, &f.bias, local_head, f.scores, f.maximum);
     for (int r = 0; r < t.n; r++) {
         Real *scores = f.scores + (int64_t)r * slots * lanes;
         Vec m = load(f.maximum + r * lanes);
@@ -103,14 +91,18 @@ static void forward_tile(const Problem &p, const View<const T> &query, const Vie
         const Vec sum = exponentials(scores, slots, m);
         store(f.normaliser + r * lanes, splat(Real(1)) / sum);
         const Vec l = (m + log2(sum)) * splat(ln_2);
-        Real *to = lse.at(t.z, t.y + r, c.x, head);
-        for (int i = 0; i < c.n; i++) to[i * lse.x] = l[i];
+        Real *to = lse.at(t.z, t.y + r, 0, head);
+        for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x] = l[c.lane[i]];
     }
     WeightedSum s;
     s.weights = f.scores, s.weights_row = (int64_t)slots * lanes, s.kernel = p.axis[2].kernel;
     s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v), s.width = round_up(p.dim_v);
-    s.rows = &t, s.first = c.first, s.end = c.end, s.normaliser = f.normaliser, s.factor = 1;
-    weighted_sum_to(s, c.n, out.at(t.z, t.y, c.x, head), out.y, out.x, p.dim_v, f.out);
+    s.rows = &t, s.normaliser = f.normaliser, s.factor = 1;
+    for (int i = 0; i < c.runs; i++) {
+        const Run &run = c.run[i];
+        s.first = c.first + run.index, s.end = c.end + run.index, s.lane = run.lane, s.lane_step = run.step;
+        weighted_sum_to(s, run.n, out.at(t.z, t.y, run.x, head), out.y, out.x, p.dim_v, f.out);
+    }
 }
 
 template <class T>
@@ -133,14 +125,15 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                 for (int x = 0; x < f.ring.width; x += lanes) // heads inside: a token's channels lie side by side
                     for (int h = task.head_begin; h < task.head_end; h++) {
                         const int n = x + lanes < f.ring.width ? lanes : f.ring.width - x, local = h - task.head_begin;
-                        pack_transposed(key.at(kz, ky, b.key_begin[2] + x, h), key.x, n, p.dim,
-                                        f.keys + local * f.keys_head + slot * f.ring.transposed_row(p.dim) + x, f.ring.pitch, Real(1));
+                        pack_transposed(key.at(kz, ky, b.key_begin[2] + x, h), key.x, n, p.dim, f.keys.row(local, slot) + x, f.keys.pitch,
+                                        Real(1));
                         pack_rows(value.at(kz, ky, b.key_begin[2] + x, h), value.x, n, p.dim_v,
                                   f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) + x * round_up(p.dim_v), Real(1));
                     }
+                pack_pairs_of(f.keys, slot, f.columns, f.tiles);
             });
             if (f.ring.packed < to) f.ring.packed = to;
-            for (int i = 0; i < f.n_columns; i++)
+            for (int i = 0; i < f.tiles.n; i++)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
                         const int local = h - task.head_begin;
@@ -174,7 +167,8 @@ template <class T> static void forward_task(int64_t i, void *context) {
             }
             arena = Arena{(char *)memory};
             lay_out(f, arena, p, m, b, task);
-            fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.n_columns);
+            fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
+            clear(f.keys);
             for (int64_t image = 0; image < images; image++) {
                 Map one = m;
                 one.batch += int(image);

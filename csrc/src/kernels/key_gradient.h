@@ -15,17 +15,17 @@
 namespace nbhd::NBHD_ISA {
 
 struct KeyGradient {
-    const Real *weights;    // [row][slot][lane], at the first lane
+    const Real *weights;    // [row][slot][lane]
     int64_t weights_row;
     int kernel;
-    const Real *vectors;    // [row][lane][width]: queries or output gradients
+    const Real *vectors;    // [row][query][width]: queries or output gradients
     int64_t vectors_row;
     int width;
     Real *gradient;         // ring rows of [key][width]
     int64_t ring_row;
     const RowTile *rows;
-    const int *first, *end; // keys of each lane
-    int n;                  // lanes in use
+    const int *first, *end; // keys of each query
+    int n, lane, lane_step; // queries and their lanes
 };
 
 constexpr int gradient_block = registers >= 32 ? 8 : 5;
@@ -101,8 +101,8 @@ template <int vectors> static void gradient_rows(const KeyGradient &g, int i0, i
             while (run < to && g.first[run] - g.first[run - 1] == step) run++;
             for (int r = 0; r < t.n; r++)
                 add<vectors>(a, low[r], high[r],
-                             g.weights + r * g.weights_row + (key[0].slot - t.shift[r]) * slots + (int64_t)(x - g.first[l]) * lanes + l,
-                             slots, 1 - (int64_t)step * lanes, g.vectors + r * g.vectors_row + (int64_t)l * g.width + c0, g.width,
+                             g.weights + r * g.weights_row + (key[0].slot - t.shift[r]) * slots + (int64_t)(x - g.first[l]) * lanes + g.lane + l * g.lane_step,
+                             slots, g.lane_step - (int64_t)step * lanes, g.vectors + r * g.vectors_row + (int64_t)l * g.width + c0, g.width,
                              run - l);
             l = run;
         }

@@ -45,6 +45,43 @@ static void pack_transposed(const T *src, int64_t stride, int n, int channels, R
         }
 }
 
+// Queries of one vector: dst[channel][lane], token[l] the channels of lane l or null for an idle lane, which reads zero.
+template <class T> static void pack_lanes(const T *const *token, int channels, Real *dst, Real factor) {
+    alignas(64) static const T zeros[lanes] = {};
+    const Vec f = splat(factor);
+    for (int c = 0; c < channels; c += lanes) {
+        const int rows = channels - c < lanes ? channels - c : lanes;
+        Vec r[lanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; l++) {
+            if (!token[l]) r[l] = load(zeros);
+            else r[l] = (rows == lanes ? load(token[l] + c) : load_part(token[l] + c, rows)) * f;
+        }
+        transpose(r);
+        if (rows == lanes) {
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; i++) store(dst + (c + i) * lanes, r[i]);
+        } else {
+            for (int i = 0; i < rows; i++) store(dst + (c + i) * lanes, r[i]);
+        }
+    }
+}
+
+template <int... i> NBHD_INLINE void alternate(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
+    low = __builtin_shufflevector(a, b, (i / 2 + (i & 1) * lanes)...);
+    high = __builtin_shufflevector(a, b, (i / 2 + (i & 1) * lanes + lanes / 2)...);
+}
+// Keys of a paired tile: dst[channel][offset][2] from a transposed row, `a` and `b` the first keys of the two groups. Writes
+// whole vectors: up to 2 * lanes Reals past the end.
+static void pack_pairs(const Real *src, int pitch, int channels, int a, int b, int kernel, Real *dst) {
+    for (int c = 0; c < channels; c++, src += pitch, dst += 2 * kernel)
+        for (int j = 0; j < kernel; j += lanes) {
+            Vec low, high;
+            alternate(load(src + a + j), load(src + b + j), low, high, EachLane{});
+            store(dst + 2 * j, low), store(dst + 2 * j + lanes, high);
+        }
+}
+
 // Packed rows back to tensor tokens: dst = factor * src, or dst + factor * src.
 template <class T>
 static void unpack_rows(const Real *src, int n, int channels, T *dst, int64_t stride, Real factor, bool add) {

@@ -18,7 +18,6 @@ struct Ring {
     int packed, flushed; // places along the leading axis
 
     static int pitch_for(int width) { return round_up(width + lanes - 1); }
-    int64_t transposed_row(int channels) const { return (int64_t)channels * pitch; }
     int64_t natural_row(int channels) const { return (int64_t)width * round_up(channels); }
 };
 
@@ -45,6 +44,41 @@ template <class Visit> static void for_each_row(const Ring &r, const Block &b, i
 static void leading_range(const Ring &r, const Map &m, int z, int y, int n, int &from, int &to) {
     if (r.shape.planes) from = m.axis[0].first[z], to = m.axis[0].end(z);
     else from = m.axis[1].first[y], to = m.axis[1].end(y + n - 1);
+}
+
+// Transposed keys (or values) of the ring for all heads of a task, [head][slot][channel][key], and the copies that paired
+// column tiles read, [head][pair][slot][channel][offset][2].
+struct PackedKeys {
+    Real *data, *pairs;
+    int heads, n_pairs, slots, channels, pitch, kernel;
+
+    int64_t row_size() const { return (int64_t)channels * pitch; }
+    int64_t pair_row_size() const { return (int64_t)channels * 2 * kernel + 2 * lanes; }
+    Real *row(int head, int slot) const { return data + ((int64_t)head * slots + slot) * row_size(); }
+    Real *pair_row(int head, int pair, int slot) const {
+        return pairs + (((int64_t)head * n_pairs + pair) * slots + slot) * pair_row_size();
+    }
+    int64_t size() const { return heads * slots * row_size() + lanes; }
+};
+
+static PackedKeys lay_out_keys(Arena &arena, const Ring &ring, int channels, int kernel, int heads, int n_pairs) {
+    PackedKeys k{nullptr, nullptr, heads, n_pairs, ring.shape.slots(), channels, ring.pitch, kernel};
+    k.data = arena.take<Real>(k.size());
+    k.pairs = arena.take<Real>(heads * n_pairs * k.slots * k.pair_row_size());
+    return k;
+}
+// Idle lanes read past the keys of a row: numbers, not whatever the memory held.
+static void clear(const PackedKeys &k) { memset(k.data, 0, k.size() * sizeof(Real)); }
+
+// The copies for paired tiles of one packed row, all heads.
+static void pack_pairs_of(const PackedKeys &k, int slot, const ColumnTile *tiles, const ColumnTiles &n) {
+    if (!n.pairs) return;
+    for (int i = 0; i < n.n; i++) {
+        if (tiles[i].keys != Keys::paired) continue;
+        for (int h = 0; h < k.heads; h++)
+            pack_pairs(k.row(h, slot), k.pitch, k.channels, tiles[i].pair_origin[0], tiles[i].pair_origin[1], k.kernel,
+                       k.pair_row(h, tiles[i].pair, slot));
+    }
 }
 
 } // namespace nbhd::NBHD_ISA

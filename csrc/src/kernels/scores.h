@@ -4,7 +4,7 @@
 //                                        channel 1   ...
 //
 //        offset j of all lanes is one load at first + j:      [k_j .. k_{j+lanes-1}]
-//        at a border lanes share keys: the same load and one permute by (first of lane - first of lane 0)
+//        (how border tiles, whose lanes share keys, do with one load as well: column_tile.h)
 //
 // A block holds `rows` query rows x `offsets` window offsets in registers, so a key load serves all rows and a query load all
 // offsets. Nothing outside the windows is computed.
@@ -21,16 +21,19 @@ constexpr int offsets_for(int rows) {
     return fit < max_offsets ? fit : max_offsets;
 }
 
+// How the lanes' keys lie: see column_tile.h.
+enum class Keys { sliding, shared, paired, permuted };
+
 // What an accumulator starts from: nothing, one number for all lanes at bias[r][j], or a vector at bias[r][j * lanes].
 enum class Start { zero, shared, by_lane };
 
 struct ScoreBlock {
     const Real *query;           // [row][channel][lane]
     int64_t query_row;           // from a row to the next
-    const Real *keys;            // [channel][key], at the first key of lane 0
+    const Real *keys;            // [channel][key], at the first key of lane 0; paired: [channel][offset][2]
     int64_t pitch;               // from a channel to the next
     int channels;
-    const Index *index;          // permute of the keys, for border tiles
+    const Index *index;          // of the keys of a permuted tile
     Start start;
     const Real *bias[tile_rows]; // by row
     Real *scores[tile_rows];     // by row: [offset][lane]
@@ -38,7 +41,8 @@ struct ScoreBlock {
 };
 
 // Offsets [from, from + offsets) of a block.
-template <int rows, int offsets, bool permuted> static void score_block(const ScoreBlock &b, int from) {
+template <int rows, int offsets, Keys keys> static void score_block(const ScoreBlock &block, int from) {
+    const ScoreBlock b = block; // a copy that no store can alias
     Vec a[rows][offsets];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -48,7 +52,7 @@ template <int rows, int offsets, bool permuted> static void score_block(const Sc
             else if (b.start == Start::shared) a[r][j] = broadcast(b.bias[r] + from + j);
             else a[r][j] = load(b.bias[r] + (from + j) * lanes);
         }
-    const Real *q = b.query, *k = b.keys + from;
+    const Real *q = b.query, *k = b.keys + (keys == Keys::paired ? 2 * from : from);
     for (int c = 0; c < b.channels; c++, q += lanes, k += b.pitch) {
         Vec qv[rows];
 #pragma GCC unroll 8
@@ -56,8 +60,10 @@ template <int rows, int offsets, bool permuted> static void score_block(const Sc
 #pragma GCC unroll 8
         for (int j = 0; j < offsets; j++) {
             Vec kv;
-            if constexpr (permuted) kv = permute(load(k + j), registers >= 32 ? *b.index : reload(b.index));
-            else kv = load(k + j);
+            if constexpr (keys == Keys::sliding) kv = load(k + j);
+            else if constexpr (keys == Keys::shared) kv = broadcast(k + j);
+            else if constexpr (keys == Keys::paired) kv = broadcast_pair(k + 2 * j);
+            else kv = permute(load(k + j), reload(b.index));
             keep(kv);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) a[r][j] = fma(qv[r], kv, a[r][j]);
@@ -77,36 +83,41 @@ template <int rows, int offsets, bool permuted> static void score_block(const Sc
     }
 }
 
-template <int rows, bool permuted> static void score_row(const ScoreBlock &b, int kernel) {
+template <int rows, Keys keys> static void score_row(const ScoreBlock &b, int kernel) {
     constexpr int most = offsets_for(rows);
     const int parts = (kernel + most - 1) / most;
     for (int part = 0, from = 0; part < parts; part++) { // parts of equal length, up to one
         const int n = (kernel - from) / (parts - part);
         switch (n) {
-        case 1: score_block<rows, 1, permuted>(b, from); break;
-        case 2: score_block<rows, 2, permuted>(b, from); break;
-        case 3: score_block<rows, 3, permuted>(b, from); break;
-        case 4: if constexpr (most >= 4) score_block<rows, 4, permuted>(b, from); break;
-        case 5: if constexpr (most >= 5) score_block<rows, 5, permuted>(b, from); break;
-        case 6: if constexpr (most >= 6) score_block<rows, 6, permuted>(b, from); break;
-        case 7: if constexpr (most >= 7) score_block<rows, 7, permuted>(b, from); break;
-        case 8: if constexpr (most >= 8) score_block<rows, 8, permuted>(b, from); break;
+        case 1: score_block<rows, 1, keys>(b, from); break;
+        case 2: score_block<rows, 2, keys>(b, from); break;
+        case 3: score_block<rows, 3, keys>(b, from); break;
+        case 4: if constexpr (most >= 4) score_block<rows, 4, keys>(b, from); break;
+        case 5: if constexpr (most >= 5) score_block<rows, 5, keys>(b, from); break;
+        case 6: if constexpr (most >= 6) score_block<rows, 6, keys>(b, from); break;
+        case 7: if constexpr (most >= 7) score_block<rows, 7, keys>(b, from); break;
+        case 8: if constexpr (most >= 8) score_block<rows, 8, keys>(b, from); break;
         }
         from += n;
     }
 }
 
+template <Keys keys> static void score_rows(const ScoreBlock &b, int rows, int kernel) {
+    switch (rows) {
+    case 1: score_row<1, keys>(b, kernel); break;
+    case 2: score_row<2, keys>(b, kernel); break;
+    case 3: score_row<3, keys>(b, kernel); break;
+    case 4: if constexpr (tile_rows > 3) score_row<4, keys>(b, kernel); break;
+    }
+}
+
 // Scores of one key row with `rows` query rows, all `kernel` offsets.
-NBHD_INLINE void scores(const ScoreBlock &b, int rows, int kernel, bool permuted) {
-    switch (rows * 2 + permuted) {
-    case 2: score_row<1, false>(b, kernel); break;
-    case 3: score_row<1, true>(b, kernel); break;
-    case 4: score_row<2, false>(b, kernel); break;
-    case 5: score_row<2, true>(b, kernel); break;
-    case 6: score_row<3, false>(b, kernel); break;
-    case 7: score_row<3, true>(b, kernel); break;
-    case 8: if constexpr (tile_rows > 3) score_row<4, false>(b, kernel); break;
-    case 9: if constexpr (tile_rows > 3) score_row<4, true>(b, kernel); break;
+static void scores(const ScoreBlock &b, int rows, int kernel, Keys keys) {
+    switch (keys) {
+    case Keys::sliding: score_rows<Keys::sliding>(b, rows, kernel); break;
+    case Keys::shared: score_rows<Keys::shared>(b, rows, kernel); break;
+    case Keys::paired: score_rows<Keys::paired>(b, rows, kernel); break;
+    case Keys::permuted: score_rows<Keys::permuted>(b, rows, kernel); break;
     }
 }
 

@@ -1,8 +1,8 @@
 // What a tile of queries sees, from the axis tables.
 //
-//      keys of a 3 x 8 tile, window 5x5, inside the map           column tile: lanes queries of the last axis
+//      keys of a 3 x 8 tile, window 5x5, inside the map           column tile (column_tile.h): queries of the last axis
 //
-//        . . . . . . . . . . . .      first row tile row          row tile: up to tile_rows queries of the Y axis
+//        . . . . . . . . . . . .                                  row tile: up to tile_rows queries of the Y axis
 //        . . . . . . . . . . . .
 //        . . Q Q Q Q Q Q Q Q . .      key row y meets query rows [begin, end): the rows that see it, always
 //        . . Q Q Q Q Q Q Q Q . .      neighbours, because first keys and last keys never go down along an axis
@@ -12,57 +12,9 @@
 //
 // A slot is a place in a query's window, (z, y, x) offsets in row-major order. Scores lie as [row][slot][lane].
 #pragma once
-#include "../problem.h"
-#include "scores.h"
+#include "column_tile.h"
 
 namespace nbhd::NBHD_ISA {
-
-// One axis of one dilation group, undilated: place u sees keys [first[u], first[u] + count[u]).
-struct GroupAxis {
-    int length, kernel;
-    const int32_t *first, *count;
-    int end(int u) const { return first[u] + count[u]; }
-};
-
-// Up to `lanes` neighbouring queries of the last axis. Key positions count from the block's first key column.
-struct ColumnTile {
-    int x, n;            // first query, number of queries
-    int origin;          // first key of lane 0
-    bool plain;          // every lane used, its keys one further than its neighbour's, all of them: no permute, no mask
-    bool masked;         // some lane sees fewer keys than the kernel
-    int bias_column;     // plain tiles: column of the bias table for offset 0
-    int bias_set;        // which expanded bias table and gradient accumulator: 0 for plain tiles
-    int first[lanes], end[lanes];
-    int lane_column[lanes]; // column of the bias table for offset 0
-    Index index, count;
-};
-
-static ColumnTile column_tile(const GroupAxis &x_axis, int x, int x_end, int key_origin) {
-    ColumnTile t;
-    t.x = x;
-    t.origin = x_axis.first[x] - key_origin;
-    const int kernel = x_axis.kernel;
-    int n = 0; // the permute reaches lanes - 1 past the first key of lane 0
-    while (n < lanes && x + n < x_end && x_axis.first[x + n] - x_axis.first[x] < lanes) n++;
-    t.n = n;
-    t.plain = n == lanes;
-    t.masked = false;
-    t.index = Index{};
-    t.count = Index{} + kernel;
-    for (int l = 0; l < lanes; l++) {
-        const int u = l < n ? x + l : x + n - 1;
-        t.first[l] = x_axis.first[u] - key_origin;
-        t.end[l] = t.first[l] + x_axis.count[u];
-        t.lane_column[l] = x_axis.first[u] - u + kernel - 1;
-        t.index[l] = t.first[l] - t.origin;
-        t.count[l] = x_axis.count[u];
-        if (t.index[l] != l) t.plain = false;
-        if (x_axis.count[u] < kernel) t.masked = true, t.plain = false;
-    }
-    t.bias_column = t.lane_column[0];
-    t.bias_set = 0;
-    return t;
-}
 
 // A row of keys that some query row of the tile sees.
 struct KeyRow {

@@ -40,6 +40,20 @@ NBHD_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; } // contracted by 
 // The second operand when either is NaN, so that `max(bound, x)` keeps a NaN in x.
 NBHD_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// p[0] in the even lanes, p[1] in the odd ones.
+NBHD_INLINE Vec broadcast_pair(const Real *p) {
+#if NBHD_DOUBLE
+    Vec v;
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; l++) v[l] = p[l & 1];
+    return v;
+#else
+    typedef double Pair __attribute__((aligned(4), may_alias));
+    typedef double Pairs __attribute__((vector_size(NBHD_VECTOR_BYTES)));
+    return (Vec)(*(const Pair *)p - Pairs{});
+#endif
+}
+
 // Keep a loaded vector in a register: compilers otherwise fold the load into every multiply that uses it.
 NBHD_INLINE void keep(Vec &v) {
 #if defined(__x86_64__)
@@ -49,13 +63,16 @@ NBHD_INLINE void keep(Vec &v) {
 #endif
 }
 
-// Load an index vector again at each use instead of holding it in a register through the loop.
+// Load an index vector at each use instead of holding it in a register through the loop, where registers are short: left to
+// itself GCC hoists the load and spills an accumulator.
 NBHD_INLINE Index reload(const Index *p) {
-    Index v = *p;
-#if defined(__x86_64__)
-    asm volatile("" : "+v"(v));
-#endif
+#if defined(__AVX__) && NBHD_REGISTERS == 16
+    Index v;
+    asm volatile("vmovdqa %1, %0" : "=x"(v) : "m"(*p));
     return v;
+#else
+    return *p;
+#endif
 }
 
 // result[l] = v[index[l]]

@@ -15,7 +15,7 @@
 namespace nbhd::NBHD_ISA {
 
 struct WeightedSum {
-    const Real *weights;     // [row][slot][lane], at the first lane
+    const Real *weights;     // [row][slot][lane]
     int64_t weights_row;     // from a query row to the next
     int kernel;              // slots of a key row
     const Real *values;      // ring rows of [key][width]
@@ -23,7 +23,8 @@ struct WeightedSum {
     int width;               // channels of a packed token
     const RowTile *rows;
     const int *first, *end;  // keys of each column
-    const Real *normaliser;  // [row][lane] factor of each query, at the first lane; or null
+    int lane, lane_step;     // of the columns
+    const Real *normaliser;  // [row][lane] factor of each query, or null
     Real factor;             // of every query
     Real *out;               // [row][column][channel]
     int64_t out_row, out_column;
@@ -35,69 +36,91 @@ constexpr int columns_for(int rows) {
     return fit < 6 ? fit : 6;
 }
 
-// Keys [from, to) of one key row; `some`: not every column sees all of them.
-template <int begin, int end, int columns, int vectors, bool some, int rows>
-NBHD_INLINE void sum_keys(Vec (&a)[rows][columns][vectors], const Real *const *weights, const int *column, const WeightedSum &s,
-                          const int *first, const int *last, const Real *values, int from, int to) {
-    const Real *v = values + (int64_t)from * s.width;
-    for (int k = from; k < to; k++, v += s.width) {
-        Vec vv[vectors];
+// The columns of a block: each one's keys [first, last) of a row, and where the weight of (its lane, key 0) lies.
+template <int columns> struct Columns {
+    int first[columns], last[columns], weight[columns];
+};
+
+// Keys [from, to) of one key row. `active(q)` says, at compile time or not, whether column q sees the key.
+template <int begin, int end, int columns, int vectors, int rows, class Active>
+NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int key,
+                         const Real *values, Active active) {
+    Vec v[vectors];
 #pragma GCC unroll 4
-        for (int c = 0; c < vectors; c++) vv[c] = load(v + c * lanes), keep(vv[c]);
+    for (int i = 0; i < vectors; i++) v[i] = load(values + i * lanes), keep(v[i]);
 #pragma GCC unroll 8
-        for (int q = 0; q < columns; q++) {
-            if (some && (k < first[q] || k >= last[q])) continue;
+    for (int q = 0; q < columns; q++) {
+        if (!active(q)) continue;
 #pragma GCC unroll 4
-            for (int r = begin; r < end; r++) {
-                const Vec w = broadcast(weights[r] + (k * lanes + column[q]));
+        for (int r = begin; r < end; r++) {
+            const Vec w = broadcast(weights[r] + (key * lanes + c.weight[q]));
 #pragma GCC unroll 4
-                for (int c = 0; c < vectors; c++) a[r][q][c] = fma(w, vv[c], a[r][q][c]);
-            }
+            for (int i = 0; i < vectors; i++) a[r][q][i] = fma(w, v[i], a[r][q][i]);
         }
     }
 }
 
-template <int begin, int end, int columns, int vectors, int rows>
-NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const *weights, const int *column, const WeightedSum &s,
-                             const int *first, const int *last, const Real *values) {
-    if constexpr (columns == 1) {
-        sum_keys<begin, end, columns, vectors, false>(a, weights, column, s, first, last, values, first[0], last[0]);
+// One key row, seen by query rows [begin, end). `sliding`: each column's keys start and end one after its neighbour's, so
+// that the head and the tail of the union are triangles known at compile time.
+template <int begin, int end, int columns, int vectors, bool sliding, int rows>
+NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int width,
+                             const Real *values) {
+    const auto every = [](int) { return true; };
+    const int first = c.first[0], last = c.last[columns - 1];
+    if constexpr (sliding) {
+        const Real *v = values + (int64_t)first * width;
+#pragma GCC unroll 8
+        for (int i = 0; i < columns - 1; i++, v += width)
+            sum_key<begin, end>(a, weights, c, first + i, v, [i](int q) { return q <= i; });
+        for (int k = first + columns - 1; k < last - (columns - 1); k++, v += width) sum_key<begin, end>(a, weights, c, k, v, every);
+#pragma GCC unroll 8
+        for (int i = 0; i < columns - 1; i++, v += width)
+            sum_key<begin, end>(a, weights, c, last - (columns - 1) + i, v, [i](int q) { return q > i; });
     } else {
-        const int common_from = first[columns - 1] < last[0] ? first[columns - 1] : last[0];
-        const int common_to = last[0];
-        if (first[0] < common_from)
-            sum_keys<begin, end, columns, vectors, true>(a, weights, column, s, first, last, values, first[0], common_from);
-        sum_keys<begin, end, columns, vectors, false>(a, weights, column, s, first, last, values, common_from, common_to);
-        if (common_to < last[columns - 1])
-            sum_keys<begin, end, columns, vectors, true>(a, weights, column, s, first, last, values, common_to, last[columns - 1]);
+        const int to = c.last[0], from = c.first[columns - 1] < to ? c.first[columns - 1] : to; // seen by every column
+        const Real *v = values + (int64_t)first * width;
+        int k = first;
+        for (; k < from; k++, v += width)
+            sum_key<begin, end>(a, weights, c, k, v, [&](int q) { return c.first[q] <= k && k < c.last[q]; });
+        for (; k < to; k++, v += width) sum_key<begin, end>(a, weights, c, k, v, every);
+        for (; k < last; k++, v += width)
+            sum_key<begin, end>(a, weights, c, k, v, [&](int q) { return c.first[q] <= k && k < c.last[q]; });
     }
 }
 
 // `columns` query columns from lane `l`, `vectors` vectors of channels from channel c0.
-template <int rows, int columns, int vectors> static void sum_block(const WeightedSum &s, int l, int c0) {
+template <int rows, int columns, int vectors, bool sliding> static void sum_block(const WeightedSum &sum, int l, int c0) {
+    const WeightedSum s = sum; // a copy that no store can alias
+    const RowTile &t = *s.rows;
+    const int64_t slots = (int64_t)s.kernel * lanes;
     Vec a[rows][columns][vectors];
+    const Real *base[rows];
+    Columns<columns> c;
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        base[r] = s.weights + r * s.weights_row - t.shift[r] * slots;
 #pragma GCC unroll 8
         for (int q = 0; q < columns; q++)
 #pragma GCC unroll 4
-            for (int c = 0; c < vectors; c++) a[r][q][c] = Vec{};
-    int first[columns], last[columns], column[columns];
+            for (int i = 0; i < vectors; i++) a[r][q][i] = Vec{};
+    }
 #pragma GCC unroll 8
-    for (int q = 0; q < columns; q++)
-        first[q] = s.first[l + q], last[q] = s.end[l + q], column[q] = l + q - first[q] * lanes;
-    const RowTile &t = *s.rows;
-    const int64_t slots = (int64_t)s.kernel * lanes;
-    for (int i = 0; i < t.key_rows; i++) {
-        const KeyRow &key = t.key[i];
-        const Real *values = s.values + key.ring * s.ring_row + c0;
+    for (int q = 0; q < columns; q++) {
+        c.first[q] = sliding ? s.first[l] + q : s.first[l + q];
+        c.last[q] = sliding ? s.end[l] + q : s.end[l + q];
+        c.weight[q] = sliding ? s.lane + l - s.first[l] * lanes + q * (1 - lanes) : s.lane + (l + q) * s.lane_step - c.first[q] * lanes;
+    }
+    const KeyRow *const end = t.key + t.key_rows;
+    for (const KeyRow *key = t.key; key < end; key++) {
+        const Real *values = s.values + key->ring * s.ring_row + c0;
+        const int64_t slot = key->slot * slots;
         const Real *weights[rows];
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) weights[r] = s.weights + r * s.weights_row + (key.slot - t.shift[r]) * slots;
-        switch (key.begin * 8 + key.end) {
+        for (int r = 0; r < rows; r++) weights[r] = base[r] + slot;
+        switch (key->begin * 8 + key->end) {
 #define NBHD_ROWS(b, e)                                                                                                        \
     case b * 8 + e:                                                                                                            \
-        if constexpr (e <= rows) sum_key_row<b, e, columns, vectors>(a, weights, column, s, first, last, values);              \
+        if constexpr (e <= rows) sum_key_row<b, e, columns, vectors, sliding>(a, weights, c, s.width, values);                 \
         break;
             NBHD_ROWS(0, 1) NBHD_ROWS(0, 2) NBHD_ROWS(1, 2) NBHD_ROWS(0, 3) NBHD_ROWS(1, 3) NBHD_ROWS(2, 3)
             NBHD_ROWS(0, 4) NBHD_ROWS(1, 4) NBHD_ROWS(2, 4) NBHD_ROWS(3, 4)
@@ -109,26 +132,29 @@ template <int rows, int columns, int vectors> static void sum_block(const Weight
 #pragma GCC unroll 8
         for (int q = 0; q < columns; q++) {
             Vec m = splat(s.factor);
-            if (s.normaliser) m *= broadcast(s.normaliser + r * lanes + l + q);
+            if (s.normaliser) m *= broadcast(s.normaliser + r * lanes + s.lane + (l + q) * s.lane_step);
+            Real *out = s.out + r * s.out_row + (l + q) * s.out_column + c0;
 #pragma GCC unroll 4
-            for (int c = 0; c < vectors; c++)
-                store(s.out + r * s.out_row + (l + q) * s.out_column + c0 + c * lanes, a[r][q][c] * m);
+            for (int i = 0; i < vectors; i++) store(out + i * lanes, a[r][q][i] * m);
         }
+}
+
+template <int rows, int columns, bool sliding> static void sum_columns(const WeightedSum &s, int l) {
+    int c = 0;
+    for (; c + 2 * lanes <= s.width; c += 2 * lanes) sum_block<rows, columns, 2, sliding>(s, l, c);
+    if (c < s.width) sum_block<rows, columns, 1, sliding>(s, l, c);
 }
 
 template <int rows> static void sum_rows(const WeightedSum &s, int n) {
     constexpr int columns = columns_for(rows);
     int l = 0;
     for (; l + columns <= n; l += columns) {
-        int c = 0;
-        for (; c + 2 * lanes <= s.width; c += 2 * lanes) sum_block<rows, columns, 2>(s, l, c);
-        if (c < s.width) sum_block<rows, columns, 1>(s, l, c);
+        bool sliding = s.lane_step == 1 && s.end[l] - s.first[l] >= columns - 1;
+        for (int q = 1; q < columns; q++) sliding &= s.first[l + q] == s.first[l] + q && s.end[l + q] == s.end[l] + q;
+        if (sliding) sum_columns<rows, columns, true>(s, l);
+        else sum_columns<rows, columns, false>(s, l);
     }
-    for (; l < n; l++) {
-        int c = 0;
-        for (; c + 2 * lanes <= s.width; c += 2 * lanes) sum_block<rows, 1, 2>(s, l, c);
-        if (c < s.width) sum_block<rows, 1, 1>(s, l, c);
-    }
+    for (; l < n; l++) sum_columns<rows, 1, false>(s, l);
 }
 
 // The first n query columns of every row of the tile.
