@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch import Tensor
 
 import nbhd

@@ -321,7 +321,7 @@ def _check(
         neighborhood = _check_shapes_once(axes, *shapes, *parameters)
     if scale is None:
         return neighborhood, query.shape[-1] ** -0.5
-    if isinstance(scale, Tensor) or not isinstance(scale, numbers.Real | torch.SymFloat | torch.SymInt):
+    if isinstance(scale, Tensor) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise ArgumentError(f"scale must be None or a real number, got {scale!r}. Pass a float, such as dim ** -0.5.")
     if isinstance(scale, numbers.Real) and not math.isfinite(scale):
         raise ArgumentError(f"scale must be finite, got {scale!r}.")
@@ -412,7 +412,7 @@ def _hashable(parameter: Any) -> Any:
 
 
 def _per_axis(name: str, given: Any, axes: int) -> tuple[int, ...]:
-    values = given if isinstance(given, tuple | Sequence) and not isinstance(given, str) else (given,) * axes
+    values = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,) * axes
     if len(values) != axes:
         raise ArgumentError(
             f"{name} must be an int or {axes} of them, one per axis, got {len(values)}: {tuple(values)}."
@@ -424,7 +424,7 @@ def _integer(name: str, given: Any) -> int:
     if isinstance(given, torch.SymInt):
         return given  # type: ignore[return-value]  # stands for an int while a graph is traced
     try:
-        if isinstance(given, bool | Tensor):
+        if isinstance(given, (bool, Tensor)):
             raise TypeError
         return operator.index(given)
     except TypeError:
@@ -432,7 +432,7 @@ def _integer(name: str, given: Any) -> int:
 
 
 def _per_axis_bools(given: Any, axes: int) -> tuple[bool, ...]:
-    values = given if isinstance(given, tuple | list) else (given,) * axes
+    values = given if isinstance(given, (tuple, list)) else (given,) * axes
     if len(values) != axes or not all(isinstance(entry, bool) or type(entry).__name__ == "bool" for entry in values):
         raise ArgumentError(f"is_causal must be a bool or {axes} of them, one per axis, got {given!r}.")
     return tuple(bool(entry) for entry in values)
