@@ -48,10 +48,16 @@ WRONG = {
         dict(kernel_size=3, rel_pos_bias=torch.zeros(2, 5, 4)),
         r"rel_pos_bias must be .* = \(2, 5, 5\) for 2 heads and kernel_size \(3, 3\), got \(2, 5, 4\)",
     ),
-    "bias int": (dict(kernel_size=3, rel_pos_bias=torch.zeros(2, 5, 5, dtype=torch.int64)), r"rel_pos_bias must be None"),
+    "bias int": (
+        dict(kernel_size=3, rel_pos_bias=torch.zeros(2, 5, 5, dtype=torch.int64)),
+        r"rel_pos_bias must be None",
+    ),
     "query list": (dict(kernel_size=3, query=[1.0]), r"query must be a torch.Tensor, got list"),
     "query rank": (dict(kernel_size=3, query=Q[0]), r"query must have 5 axes for na2d, .* got 4: .* use na1d"),
-    "key map": (dict(kernel_size=3, key=K[:, :7]), r"key must have the batch and map of query, \(1, 8, 9\), got \(1, 7, 9\)"),
+    "key map": (
+        dict(kernel_size=3, key=K[:, :7]),
+        r"key must have the batch and map of query, \(1, 8, 9\), got \(1, 7, 9\)",
+    ),
     "key dim": (dict(kernel_size=3, key=K[..., :3]), r"key must have the dim of query, 4, got 3"),
     "value heads": (dict(kernel_size=3, value=V[..., :1, :]), r"value must have the heads of key, 2, got 1"),
     "grouped heads": (
@@ -59,7 +65,10 @@ WRONG = {
         r"query must have a multiple of the heads of key and value, 2, got 3",
     ),
     "dtype mixed": (dict(kernel_size=3, key=K.double()), r"key is torch.float64, query torch.float32: they must agree"),
-    "dtype int": (dict(kernel_size=3, query=Q.long(), key=K.long(), value=V.long()), r"must be float64, float32, bfloat16"),
+    "dtype int": (
+        dict(kernel_size=3, query=Q.long(), key=K.long(), value=V.long()),
+        r"must be float64, float32, bfloat16",
+    ),
     "dtype float8": (
         dict(zip(("query", "key", "value"), (t.to(torch.float8_e4m3fn) for t in GOOD), strict=True), kernel_size=3),
         r"must be float64, float32, bfloat16 or float16, got torch.float8_e4m3fn",
@@ -83,9 +92,7 @@ def test_argument_errors_are_value_errors():
 def test_positional_order_is_natten_s():
     """query, key, value, kernel_size, stride, dilation, is_causal, scale."""
     by_place = nbhd.na2d(Q, K, V, (3, 4), (2, 1), (2, 2), (True, False), 0.3)
-    by_name = nbhd.na2d(
-        Q, K, V, kernel_size=(3, 4), stride=(2, 1), dilation=(2, 2), is_causal=(True, False), scale=0.3
-    )
+    by_name = nbhd.na2d(Q, K, V, kernel_size=(3, 4), stride=(2, 1), dilation=(2, 2), is_causal=(True, False), scale=0.3)
     assert torch.equal(by_place, by_name)
 
 
@@ -147,7 +154,7 @@ def test_autocast_takes_its_dtype_and_leaves_the_bias(dtype):
 
 
 def test_the_log_sum_exp_merges_parts_of_an_attention_with_right_gradients():
-    """Two disjoint sets of keys, each attended to alone and merged by log-sum-exp, equal the attention to all of them."""
+    """Two sets of keys, each attended to alone and merged by log-sum-exp, equal the attention to all of them."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
@@ -175,7 +182,9 @@ def test_a_named_backend_that_cannot_run_says_why(monkeypatch):
     from nbhd.backends import reference
 
     monkeypatch.setattr(reference, "why_not", lambda call: "it is resting.")
-    with pytest.raises(BackendError, match=r"backend 'reference' cannot run this call: it is resting. Use backend='auto'"):
+    with pytest.raises(
+        BackendError, match=r"backend 'reference' cannot run this call: it is resting. Use backend='auto'"
+    ):
         nbhd.na2d(Q, K, V, 3, backend="reference")
 
 
@@ -193,7 +202,9 @@ def test_weights_sum_to_one_and_rebuild_the_output(name):
 
 
 def test_weights_that_do_not_fit_are_refused():
-    with pytest.raises(ArgumentError, match=r"weights must be \[batch, \*spatial, heads, 9\] for value \(1, 8, 9, 2, 4\)"):
+    with pytest.raises(
+        ArgumentError, match=r"weights must be \[batch, \*spatial, heads, 9\] for value \(1, 8, 9, 2, 4\)"
+    ):
         nbhd.apply_attention_weights(torch.zeros(1, 8, 9, 2, 8), V, 3)
     with pytest.raises(ArgumentError, match="one to three spatial axes"):
         nbhd.attention_weights(torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), 3)

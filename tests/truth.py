@@ -1,10 +1,13 @@
-"""Neighborhood attention as three loops, in float64: written from the definition alone, sharing nothing with the package.
+"""Neighborhood attention as three loops in float64: written from the definition, sharing nothing with the package.
 
 A neighborhood on one axis of length L, with window k, stride s, dilation d:
 
     group g = i mod d,  place u = i div d,  group length Lg = ceil((L - g) / d)
-    not causal:  leader min((u div s) * s + s div 2, Lg - 1);  places [w, w + k - 1],  w = clamp(leader - k div 2, 0, Lg - k)
-    causal:      leader min((u div s) * s + s - 1, Lg - 1);    places [max(leader - k + 1, 0), u]
+
+    not causal:  leader = min((u div s) * s + s div 2, Lg - 1)
+                 places [w, w + k - 1],  w = clamp(leader - k div 2, 0, Lg - k)
+    causal:      leader = min((u div s) * s + s - 1, Lg - 1)
+                 places [max(leader - k + 1, 0), u]
 """
 
 from __future__ import annotations

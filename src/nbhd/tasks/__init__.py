@@ -1,1 +1,1 @@
-"""What the models are for: reading pictures, training, evaluating, predicting. One folder a task over one shared core."""
+"""What the models are for: reading pictures, training, evaluating, predicting. One folder a task, one shared core."""
