@@ -1,5 +1,4 @@
-"""The network of the original NAT repository under its own names, as small as it can be written: truth for the
-converter."""
+"""The network of the original NAT repository under its own names, as short as can be: truth for the converter."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class Block(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Convolutions of stride 2 and a norm, on channels-last maps; ``proj`` for the stem, ``reduction`` between
-    stages."""
+    """Convolutions of stride 2 and a norm, channels-last; called ``proj`` in the stem, ``reduction`` in between."""
 
     def __init__(self, widths: list[int], name: str, bias: bool) -> None:
         super().__init__()

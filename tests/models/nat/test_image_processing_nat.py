@@ -154,6 +154,8 @@ def test_wrong_images_are_named() -> None:
         processor([picture(), picture(100, 500)], do_center_crop=False, return_tensors="pt")
     with pytest.raises(ArgumentError, match="one entry for each channel"):
         processor(picture(mode="L"), do_convert_rgb=False)
+    with pytest.raises(ArgumentError, match="sise is not an argument"):
+        processor(picture(), sise=3)
     with pytest.raises(ArgumentError, match="data_format"):
         processor(picture(), data_format="last")
     with pytest.raises(ArgumentError, match="image_size"):

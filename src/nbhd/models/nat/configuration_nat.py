@@ -31,26 +31,22 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         embed_dim: channels of the first stage; stage ``i`` (from 0) has ``embed_dim * 2**i``.
         depths: layers of each stage.
         num_heads: attention heads of each stage; they must divide its channels.
-        kernel_size: side of the attention window. A map that is smaller is zero-padded at its lower and right border
-            first.
+        kernel_size: side of the attention window. A smaller map is first zero-padded at its lower and right border.
         mlp_ratio: hidden channels of the MLP, as a multiple of the stage's channels (rounded down).
         qkv_bias: whether query, key and value have biases.
         hidden_dropout_prob: dropout after the stem and after the MLP.
-        attention_probs_dropout_prob: dropout of the attention probabilities, and after the attention's output
-            projection.
+        attention_probs_dropout_prob: dropout of the attention probabilities and after the output projection.
         drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first.
         hidden_act: activation of the MLP, a name transformers knows or a callable.
         initializer_range: standard deviation of the normal distribution that weights start from.
         layer_norm_eps: epsilon of the layer norms in the layers and at the end (those of the stem, between the stages
             and of the backbone's maps always have 1e-5).
-        layer_scale_init_value: start of the per-channel factors on both residual branches; 0 or less means there are
-            none.
+        layer_scale_init_value: start of the per-channel factors on both residual branches; 0 or less means none.
         out_features: for `NatBackbone`, stages whose maps it returns, out of ``"stem", "stage1", ...`` in this order.
             Default: the stages of ``out_indices``, or the last one.
         out_indices: the same by index, 0 being the stem.
         dilations: dilation of each layer, one list a stage; default 1 everywhere. With dilations it is a DiNAT.
-        **kwargs: what every transformers configuration takes (``num_labels``, ``id2label``, ...); others become
-            attributes.
+        **kwargs: what every transformers configuration takes (``num_labels``, ...); others become attributes.
 
     Raises:
         ArgumentError: a value no model could have. The channels are checked against the heads when a model is built.
@@ -115,8 +111,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> NatConfig:
-        """The settings of a published model: ``nat_mini``, ``nat_tiny``, ``nat_small`` or ``nat_base``, with 1000
-        labels.
+        """A published model's settings: ``nat_mini``, ``nat_tiny``, ``nat_small`` or ``nat_base``, with 1000 labels.
 
         Args:
             name: one of `nbhd.models.nat.variants.VARIANTS`.

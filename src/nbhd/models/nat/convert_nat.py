@@ -4,15 +4,15 @@
     patch_embed.norm                    embeddings.norm
     levels.I.blocks.J.norm1, norm2      encoder.levels.I.layers.J.layernorm_before, layernorm_after
     levels.I.blocks.J.attn.rpb          encoder.levels.I.layers.J.attention.self.rpb
-    levels.I.blocks.J.attn.qkv          encoder.levels.I.layers.J.attention.self.query, key, value     (thirds of the
-    rows) levels.I.blocks.J.attn.proj         encoder.levels.I.layers.J.attention.output.dense
+    levels.I.blocks.J.attn.qkv          encoder.levels.I.layers.J.attention.self.query, key, value (thirds of the rows)
+    levels.I.blocks.J.attn.proj         encoder.levels.I.layers.J.attention.output.dense
     levels.I.blocks.J.mlp.fc1, fc2      encoder.levels.I.layers.J.intermediate.dense, output.dense
-    levels.I.blocks.J.gamma1, gamma2    encoder.levels.I.layers.J.layer_scale_parameters                (rows 0 and 1)
+    levels.I.blocks.J.gamma1, gamma2    encoder.levels.I.layers.J.layer_scale_parameters (rows 0 and 1)
     levels.I.downsample                 encoder.levels.I.downsample
     norm, head                          layernorm, classifier
 
-A DiNAT of the same repository has the same keys and shapes and converts too; its dilations are not in the file and must
-be given.
+A DiNAT of the same repository has the same keys and shapes and converts too, but its dilations are not in the file:
+they must be given.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def convert_nat(
     image_size: int = 224,
     **settings: Any,
 ) -> Conversion:
-    """Turn an original ``.pth`` into a folder that `from_pretrained` reads: configuration, safetensors, image
-    processor.
+    """Turn an original ``.pth`` into a folder that ``from_pretrained`` reads.
+
+    The folder holds the configuration, the weights as safetensors and the image processor.
 
     Args:
         checkpoint: the file; see `load_original` for what may be in it.
@@ -116,8 +117,8 @@ def load_original(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights in a file, in the original's names.
 
     The file is one that ``torch.save`` wrote, with a state dict, or a dict that holds one under ``"state_dict"`` or
-    ``"model"``, or it is a ``.safetensors``. Only weights are loaded: a pickle that would run code is refused, not
-    executed.
+    ``"model"``, or it is a ``.safetensors``. Only weights are loaded: a pickle that would run code
+    is refused, not executed.
 
     Raises:
         FileError: there is no such file, or it cannot be read.
@@ -256,8 +257,7 @@ def build(state_dict: Mapping[str, Tensor], config: NatConfig) -> NatPreTrainedM
     """The model with these weights, which are under the original's names; without ``head`` it is a `NatModel`.
 
     Raises:
-        CheckpointError: a weight is missing, unexpected, or of another shape; all of them are counted, the first are
-            named.
+        CheckpointError: a weight is missing, unexpected, or of another shape; the first of them are named.
     """
     renamed = rename(state_dict)
     with_head = any(name.startswith("classifier.") for name in renamed)

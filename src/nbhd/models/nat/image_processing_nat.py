@@ -32,8 +32,8 @@ class NatImageProcessor(BaseImageProcessor):
 
     Args:
         do_resize: whether to resize.
-        size: ``n`` or ``{"shortest_edge": n}`` keeps the aspect ratio; ``(height, width)`` or ``{"height": h, "width":
-            w}`` does not.
+        size: ``n`` or ``{"shortest_edge": n}`` keeps the aspect ratio; ``(height, width)`` or
+            ``{"height": h, "width": w}`` does not.
         resample: `PIL.Image.Resampling`; 3 is bicubic.
         do_center_crop: whether to crop the middle; a smaller image is padded with black.
         crop_size: side of the square, ``(height, width)`` or ``{"height": h, "width": w}``.
@@ -81,8 +81,7 @@ class NatImageProcessor(BaseImageProcessor):
 
     @classmethod
     def for_image_size(cls, image_size: int, crop_pct: float = 0.875, **kwargs: Any) -> NatImageProcessor:
-        """A processor for ``image_size`` x ``image_size`` pixels, taken from the middle of an image resized to
-        ``image_size / crop_pct``.
+        """A processor for squares of ``image_size`` pixels from the middle of an image resized to a bit more.
 
         Args:
             image_size: pixels each side.
@@ -137,9 +136,14 @@ class NatImageProcessor(BaseImageProcessor):
             `transformers.BatchFeature` with ``pixel_values``.
 
         Raises:
-            ArgumentError: an argument or an image is not of a kind described here, or the images of a batch differ in
-                size.
+            ArgumentError: an argument or an image is not of a kind described here, or images of a batch differ in size.
         """
+        if kwargs:
+            raise ArgumentError(
+                f"{', '.join(kwargs)} is not an argument of NatImageProcessor. It takes do_resize, size, resample, "
+                "do_center_crop, crop_size, do_rescale, rescale_factor, do_normalize, image_mean, image_std, "
+                "do_convert_rgb, return_tensors, data_format and input_data_format."
+            )
         do_resize = self.do_resize if do_resize is None else do_resize
         target = self.size if size is None else _size("size", size, square=False)
         resample = self.resample if resample is None else _resample(resample)

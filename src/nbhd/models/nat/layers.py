@@ -217,9 +217,7 @@ def _is_open(side: int, window_size: int) -> bool:
 
 
 class NatLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each with layer norm, optional layer scale and stochastic depth around a residual
-    connection.
-    """
+    """Attention and MLP, each a residual branch with layer norm, optional layer scale and stochastic depth."""
 
     def __init__(
         self, config: NatConfig, dim: int, num_heads: int, drop_path_rate: float = 0.0, dilation: int = 1

@@ -1,8 +1,8 @@
 """The Neighborhood Attention Transformer (Hassani et al., "Neighborhood Attention Transformer", CVPR 2023).
 
 Same modules, parameter names, outputs and numbers as in transformers 4.40.2, on `nbhd.functional.na2d`. Maps are
-channels-last, ``(batch, height, width, channels)``, from the stem to the pooling, and heads-last in between, so nothing
-is ever transposed.
+channels-last, ``(batch, height, width, channels)``, from the stem to the pooling, and heads-last within the attention:
+nothing is ever transposed.
 
     NatForImageClassification
       nat: NatModel
@@ -44,8 +44,7 @@ class NatModelOutput(ModelOutput):
         hidden_states: ``len(depths) + 1`` maps ``(batch, height, width, channels)``: the stem's, then each stage's
             after its downsampling; none has seen the last layer norm. On request.
         attentions: for each stage the attention probabilities of its last layer,
-            ``(batch, heads, height, width, kernel_size**2)``, where height and width are at least the window's. On
-            request.
+            ``(batch, heads, height, width, kernel_size**2)``, height and width at least the window's. On request.
         reshaped_hidden_states: ``hidden_states`` as ``(batch, channels, height, width)`` views.
     """
 
