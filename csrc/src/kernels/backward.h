@@ -19,6 +19,8 @@ struct BackwardBuffers {
     ColumnTile *columns;
     ColumnTiles tiles;
     KeyRow *key_rows;
+    GradientBlock *blocks;
+    int n_blocks;
     BiasTables bias;
     Real *query, *d_out, *query_rows, *d_out_rows; // [row][channel][lane], [row][query][channel]
     Real *scores, *d_scores, *out;
@@ -29,6 +31,7 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     f.ring = make_ring(m, b);
     f.tiles = lay_out_columns(arena, m, b, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
+    f.blocks = arena.take<GradientBlock>(most_key_rows(m, b));
     const int slots = f.ring.shape.slots();
     f.key_head = slots * f.ring.natural_row(p.dim), f.value_head = slots * f.ring.natural_row(p.dim_v);
     f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
@@ -60,21 +63,22 @@ static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile
     if (holes) fill_holes(s, t, r, c, p, nothing), fill_holes(d, t, r, c, p, Real(0));
     const Vec shift = d_lse - weights_and_delta(s, d, slots, lse);
     if (!f.bias.present || !d_bias) return score_gradient(s, d, slots, shift);
-    // slots of one plane and the rows of the bias table they use both follow one another
-    const int bias_row = t.key[0].bias_row - r + t.shift[r], plane = p.axis[1].kernel * kernel;
-    const int bias_rows_y = 2 * p.axis[1].kernel - 1;
+    // the slots of one z and x offset, and the bias rows they use, both follow one another
+    const int ky = p.axis[1].kernel, bias_rows_y = 2 * ky - 1, bias_row = t.key[0].bias_row - r + t.shift[r];
     if (f.bias.expanded) {
         for (int z = 0; z < t.z_count; z++) {
-            const int64_t at = (int64_t)z * plane * lanes;
-            score_gradient_and_add(s + at, d + at, t.y_count[r] * kernel, shift,
-                                   f.bias.sum_row(local_head, c.bias_set, bias_row + z * bias_rows_y));
+            Real *sum = f.bias.sum_row(local_head, c.bias_set, bias_row + z * bias_rows_y);
+            for (int x = 0; x < kernel; x++, sum += bias_rows_y * lanes) {
+                const int64_t at = (int64_t)(z * kernel + x) * ky * lanes;
+                score_gradient_and_add(s + at, d + at, t.y_count[r], shift, sum);
+            }
         }
         return;
     }
     score_gradient(s, d, slots, shift);
     for (int z = 0; z < t.z_count; z++)
         for (int y = 0; y < t.y_count[r]; y++)
-            scatter_bias(c, d + ((int64_t)z * plane + y * kernel) * lanes, kernel,
+            scatter_bias(c, d + ((int64_t)z * kernel * ky + y) * lanes, ky * lanes, kernel,
                          d_bias + ((int64_t)local_head * f.bias.rows + bias_row + z * bias_rows_y + y) * f.bias.columns);
 }
 
@@ -107,15 +111,15 @@ static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardB
         softmax_gradient(p, f, t, c, r, holes, lse, d_lse, local_head, d_bias);
     }
     WeightedSum s;
-    s.weights = f.d_scores, s.weights_row = (int64_t)slots * lanes, s.kernel = p.axis[2].kernel;
+    s.weights = f.d_scores, s.weights_row = (int64_t)slots * lanes, s.step = p.axis[1].kernel * lanes;
     s.values = f.key_rows_copy + local_kv_head * f.key_head, s.ring_row = f.ring.natural_row(p.dim), s.width = width;
     s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale);
     KeyGradient g;
-    g.weights_row = (int64_t)slots * lanes, g.kernel = p.axis[2].kernel, g.rows = &t;
+    g.weights_row = (int64_t)slots * lanes, g.step = p.axis[1].kernel * lanes, g.rows = &t, g.blocks = f.blocks, g.n_blocks = f.n_blocks;
     for (int i = 0; i < c.runs; i++) {
         const Run &run = c.run[i];
         s.first = g.first = c.first + run.index, s.end = g.end = c.end + run.index;
-        s.lane = g.lane = run.lane, s.lane_step = g.lane_step = run.step, g.n = run.n;
+        s.lane = run.lane, s.lane_step = run.step, g.run = &run;
         weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
 
         g.weights = f.scores, g.vectors = f.d_out_rows + run.index * width_v, g.vectors_row = lanes * width_v, g.width = width_v;
@@ -176,7 +180,8 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
             RowTile t;
             t.key = f.key_rows;
             const int n = y + tile_rows < b.end[1] ? tile_rows : b.end[1] - y;
-            row_tile(t, m.axis[0], m.axis[1], ring.shape, z, y, n);
+            row_tile(t, m.axis[0], m.axis[1], p.axis[2].kernel, ring.shape, z, y, n);
+            f.n_blocks = make_gradient_blocks(t, f.blocks);
             int from, to;
             leading_range(ring, m, z, y, n, from, to);
             if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;

@@ -1,7 +1,7 @@
 // The relative position bias, as the score kernel wants it, and its gradient.
 //
 //      compact    [head][bias row][bias column]            sliding tiles: all lanes of offset j read one number
-//      expanded   [head][set][bias row][offset][lane]      other tiles: one set for each, a vector per offset
+//      expanded   [head][set][z row][x offset][y row][lane]      other tiles: one set for each, a vector per offset
 //
 // The gradient is summed in the expanded form, for all images of a task, and folded into [head][row][column] once. Where the
 // expanded tables would be large (3D windows, long sequences), those gather and scatter tile by tile instead.
@@ -13,24 +13,22 @@ namespace nbhd::NBHD_ISA {
 
 struct BiasTables {
     bool present = false, expanded = false;
-    int rows, columns, kernel, sets; // set 0 is the sliding tiles'
+    int rows, rows_y, columns, kernel, sets; // set 0 is the sliding tiles'
     Real *compact, *table, *sum;     // sum: null in the forward
 
     int64_t set_size() const { return (int64_t)rows * kernel * lanes; }
     const Real *compact_row(int head, int row) const { return compact + ((int64_t)head * rows + row) * columns; }
-    Real *table_row(int head, int set, int row) const {
-        return table + ((int64_t)head * (sets - 1) + set - 1) * set_size() + (int64_t)row * kernel * lanes;
-    }
-    Real *sum_row(int head, int set, int row) const {
-        return sum + ((int64_t)head * sets + set) * set_size() + (int64_t)row * kernel * lanes;
-    }
+    // Of x offset 0; the next is rows_y * lanes further, the next y row `lanes`: the order of the slots.
+    int64_t in_set(int row) const { return ((int64_t)(row / rows_y) * kernel * rows_y + row % rows_y) * lanes; }
+    Real *table_row(int head, int set, int row) const { return table + ((int64_t)head * (sets - 1) + set - 1) * set_size() + in_set(row); }
+    Real *sum_row(int head, int set, int row) const { return sum + ((int64_t)head * sets + set) * set_size() + in_set(row); }
 };
 
 static void lay_out_bias(BiasTables &b, Arena &arena, const Problem &p, int heads, int sets, bool gradient) {
     constexpr int64_t most = 192 * 1024;
     b.present = p.bias != nullptr;
     if (!b.present) return;
-    b.rows = p.bias_rows(), b.columns = p.bias_columns(), b.kernel = p.axis[2].kernel, b.sets = sets;
+    b.rows = p.bias_rows(), b.rows_y = 2 * p.axis[1].kernel - 1, b.columns = p.bias_columns(), b.kernel = p.axis[2].kernel, b.sets = sets;
     b.compact = arena.take<Real>((int64_t)heads * b.rows * b.columns + lanes);
     const int64_t size = heads * b.set_size();
     b.expanded = size * (sets - 1 + (gradient ? sets : 0)) * (int64_t)sizeof(Real) <= most;
@@ -55,7 +53,7 @@ static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads
                 for (int j = 0; j < b.kernel; j++)
                     for (int l = 0; l < lanes; l++) {
                         const int column = t.lane_column[l] + j; // outside the table only where the lane has no such key
-                        to[j * lanes + l] = column < b.columns ? from[column] : Real(0);
+                        to[(int64_t)j * b.rows_y * lanes + l] = column < b.columns ? from[column] : Real(0);
                     }
             }
         }
@@ -63,21 +61,21 @@ static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads
 }
 
 // Bias of a tile without a table, gathered into the scores themselves, where the score kernel then starts from.
-static void gather_bias(const BiasTables &b, int head, int row, const ColumnTile &t, Real *scores) {
+static void gather_bias(const BiasTables &b, int head, int row, const ColumnTile &t, Real *scores, int64_t step) {
     const Real *from = b.compact_row(head, row);
     for (int j = 0; j < b.kernel; j++)
         for (int l = 0; l < lanes; l++) {
             const int column = t.lane_column[l] + j;
-            scores[j * lanes + l] = column < b.columns ? from[column] : Real(0);
+            scores[j * step + l] = column < b.columns ? from[column] : Real(0);
         }
 }
 
 // Adds a tile's score gradients of one key row to d_bias row `to`.
-static void scatter_bias(const ColumnTile &t, const Real *d_scores, int kernel, Real *to) {
+static void scatter_bias(const ColumnTile &t, const Real *d_scores, int64_t step, int kernel, Real *to) {
     for (int j = 0; j < kernel; j++)
         for (int i = 0; i < t.n; i++) {
             const int l = t.lane[i];
-            if (j < t.count[l]) to[t.lane_column[l] + j] += d_scores[j * lanes + l];
+            if (j < t.count[l]) to[t.lane_column[l] + j] += d_scores[j * step + l];
         }
 }
 
@@ -90,11 +88,11 @@ static void fold_bias(const BiasTables &b, int heads, const ColumnTile *tiles, i
         for (int row = 0; row < b.rows; row++) {
             Real *to = d_bias + ((int64_t)h * b.rows + row) * b.columns;
             for (int i = 0; i < n_tiles; i++)
-                if (tiles[i].bias_set) scatter_bias(tiles[i], b.sum_row(h, tiles[i].bias_set, row), b.kernel, to);
+                if (tiles[i].bias_set) scatter_bias(tiles[i], b.sum_row(h, tiles[i].bias_set, row), b.rows_y * lanes, b.kernel, to);
             if (common < 0) continue;
             const Real *from = b.sum_row(h, 0, row);
             for (int j = 0; j < b.kernel; j++)
-                for (int l = 0; l < lanes; l++) to[common + j] += from[j * lanes + l];
+                for (int l = 0; l < lanes; l++) to[common + j] += from[(int64_t)j * b.rows_y * lanes + l];
         }
 }
 

@@ -48,8 +48,10 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
 static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c, const PackedKeys &keys, int kv_head, const Real *query,
                         const BiasTables *bias, int head, Real *scores_out, Real *maximum) {
     const int kernel = p.axis[2].kernel, channels = keys.channels;
-    const int64_t row_scores = (int64_t)p.window() * lanes, slot_scores = (int64_t)kernel * lanes;
+    const int64_t row_scores = (int64_t)p.window() * lanes;
     ScoreBlock s;
+    s.score_step = p.axis[1].kernel * lanes;
+    s.bias_step = bias && bias->expanded ? bias->rows_y * lanes : s.score_step;
     s.query_row = (int64_t)channels * lanes, s.pitch = c.keys == Keys::paired ? 2 * kernel : keys.pitch, s.channels = channels, s.index = &c.index;
     s.start = !bias || !bias->present ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
     for (int i = 0; i < t.key_rows; i++) {
@@ -61,11 +63,11 @@ static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c,
         s.maximum = maximum ? maximum + key.begin * lanes : nullptr;
         for (int k = 0; k < n; k++) {
             const int r = key.begin + k, row = key.bias_row - r;
-            s.scores[k] = scores_out + r * row_scores + (key.slot - t.shift[r]) * slot_scores;
+            s.scores[k] = scores_out + r * row_scores + (int64_t)(key.slot - t.shift[r]) * lanes;
             if (s.start == Start::shared) s.bias[k] = bias->compact_row(head, row) + c.lane_column[0];
             else if (s.start == Start::by_lane) {
                 if (bias->expanded) s.bias[k] = bias->table_row(head, c.bias_set, row);
-                else gather_bias(*bias, head, row, c, s.scores[k]), s.bias[k] = s.scores[k];
+                else gather_bias(*bias, head, row, c, s.scores[k], s.score_step), s.bias[k] = s.scores[k];
             }
         }
         scores(s, n, kernel, c.keys);
@@ -95,7 +97,7 @@ static void forward_tile(const Problem &p, const View<const T> &query, const Vie
         for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x] = l[c.lane[i]];
     }
     WeightedSum s;
-    s.weights = f.scores, s.weights_row = (int64_t)slots * lanes, s.kernel = p.axis[2].kernel;
+    s.weights = f.scores, s.weights_row = (int64_t)slots * lanes, s.step = p.axis[1].kernel * lanes;
     s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v), s.width = round_up(p.dim_v);
     s.rows = &t, s.normaliser = f.normaliser, s.factor = 1;
     for (int i = 0; i < c.runs; i++) {
@@ -117,7 +119,7 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
             RowTile t;
             t.key = f.key_rows;
             const int n = y + tile_rows < b.end[1] ? tile_rows : b.end[1] - y;
-            row_tile(t, m.axis[0], m.axis[1], f.ring.shape, z, y, n);
+            row_tile(t, m.axis[0], m.axis[1], p.axis[2].kernel, f.ring.shape, z, y, n);
             int from, to;
             leading_range(f.ring, m, z, y, n, from, to);
             if (f.ring.packed < from) f.ring.packed = from;

@@ -14,53 +14,137 @@
 
 namespace nbhd::NBHD_ISA {
 
+constexpr int gradient_block = registers >= 32 ? 8 : 5;
+
+// Key rows that are accumulated together: up to gradient_block neighbours of one plane. Query row r sees those in
+// [low[r], high[r]) of them.
+struct GradientBlock {
+    const KeyRow *key;
+    int keys, low[tile_rows], high[tile_rows];
+    int pattern; // the code of low and high (see Pattern), or -1
+};
+
+static GradientBlock gradient_block_of(const RowTile &t, const KeyRow *key, int keys) {
+    GradientBlock b{key, keys, {}, {}, -1};
+    bool head = true, tail = true, no_head = true, no_tail = true, alike = true;
+    for (int r = 0; r < t.n; r++) {
+        int i = 0;
+        while (i < keys && !(key[i].begin <= r && r < key[i].end)) i++;
+        b.low[r] = i;
+        while (i < keys && key[i].begin <= r && r < key[i].end) i++;
+        b.high[r] = i;
+        no_head &= b.low[r] == 0, head &= b.low[r] == r;
+        no_tail &= b.high[r] == keys, tail &= b.high[r] == keys - t.n + 1 + r;
+        if (r > 0) alike &= t.shift[r] - t.shift[r - 1] == t.shift[1] - t.shift[0];
+    }
+    if (t.n == tile_rows && alike && (head || no_head) && (tail || no_tail)) b.pattern = keys * 4 + !no_head * 2 + !no_tail;
+    return b;
+}
+
+// Cuts the key rows of a tile into blocks of equal size, up to one; returns their number, at most t.key_rows.
+static int make_gradient_blocks(const RowTile &t, GradientBlock *blocks) {
+    const int plane = t.key_rows_per_plane, parts = (plane + gradient_block - 1) / gradient_block;
+    int n = 0;
+    for (int z = 0; z < t.key_rows; z += plane)
+        for (int part = 0, from = 0; part < parts; part++) {
+            const int keys = (plane - from) / (parts - part);
+            blocks[n++] = gradient_block_of(t, t.key + z + from, keys);
+            from += keys;
+        }
+    return n;
+}
+
 struct KeyGradient {
     const Real *weights;    // [row][slot][lane]
     int64_t weights_row;
-    int kernel;
+    int64_t step;           // of a weight from a key column to the next; from a key row to the next it is `lanes`
     const Real *vectors;    // [row][query][width]: queries or output gradients
     int64_t vectors_row;
     int width;
     Real *gradient;         // ring rows of [key][width]
     int64_t ring_row;
     const RowTile *rows;
-    const int *first, *end; // keys of each query
-    int n, lane, lane_step; // queries and their lanes
+    const GradientBlock *blocks;
+    int n_blocks;
+    const Run *run;         // the queries
+    const int *first, *end; // keys of each
 };
 
-constexpr int gradient_block = registers >= 32 ? 8 : 5;
+// Which keys [low, high) of a block of n each query row adds to. Rows whose windows start one after another leave a triangle
+// out of the first block (`head`), of the last (`tail`), or both; rows with the same window leave nothing out.
+template <int n_, int rows_, bool head, bool tail> struct Pattern {
+    static constexpr int n = n_, rows = rows_;
+    static constexpr int low(int r) { return !head ? 0 : r < n ? r : n; }
+    static constexpr int high(int r) { return !tail ? n : n - rows + 1 + r > 0 ? n - rows + 1 + r : 0; }
+};
+// One query row, keys [low, high) of a whole block.
+template <int low_, int high_> struct Span {
+    static constexpr int n = gradient_block, rows = 1;
+    static constexpr int low(int) { return low_; }
+    static constexpr int high(int) { return high_; }
+};
 
-// weight(i) of key i in [low, high) is at w + i * key_step; the next lane's at w + lane_step.
-template <int low, int high, int vectors>
-NBHD_INLINE void add_lanes(Vec (&a)[gradient_block][vectors], const Real *w, int64_t key_step, int64_t lane_step, const Real *v,
-                           int width, int count) {
-    for (int l = 0; l < count; l++, w += lane_step, v += width) {
-        Vec vv[vectors];
-#pragma GCC unroll 4
-        for (int c = 0; c < vectors; c++) vv[c] = load(v + c * lanes), keep(vv[c]);
+template <int n, int vectors> NBHD_INLINE void load_block(Vec (&a)[n][vectors], Real *const *row, int64_t at) {
 #pragma GCC unroll 8
-        for (int i = low; i < high; i++) {
-            const Vec b = broadcast(w + i * key_step);
+    for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
-            for (int c = 0; c < vectors; c++) a[i][c] = fma(b, vv[c], a[i][c]);
+        for (int c = 0; c < vectors; c++) a[i][c] = load(row[i] + at + c * lanes);
+}
+template <int n, int vectors> NBHD_INLINE void store_block(const Vec (&a)[n][vectors], Real *const *row, int64_t at, int keys) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++)
+        if (i < keys)
+#pragma GCC unroll 4
+            for (int c = 0; c < vectors; c++) store(row[i] + at + c * lanes, a[i][c]);
+}
+
+// Adds `count` queries to the accumulators; the weight of (row, key) lies at w + row * row_step + key * lanes.
+template <class Rows, int n, int vectors>
+NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_step, int64_t lane_step, const Real *v, int64_t vectors_row,
+                             int width, int count) {
+    for (int l = 0; l < count; l++, w += lane_step, v += width)
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows::rows; r++) {
+            Vec vv[vectors];
+#pragma GCC unroll 4
+            for (int c = 0; c < vectors; c++) vv[c] = load(v + r * vectors_row + c * lanes), keep(vv[c]);
+#pragma GCC unroll 8
+            for (int i = 0; i < n; i++) {
+                if (i < Rows::low(r) || i >= Rows::high(r)) continue; // decided at compile time
+                const Vec b = broadcast(w + r * row_step + i * lanes);
+#pragma GCC unroll 4
+                for (int c = 0; c < vectors; c++) a[i][c] = fma(b, vv[c], a[i][c]);
+            }
         }
+}
+
+// A block whose rows make a pattern, for a run whose queries share their keys (advance 0) or start one key further each (1):
+// which queries see a column is arithmetic.
+template <class Rows, int vectors>
+static void add_pattern(const KeyGradient &g, Real *const *rows, const Real *weights, int64_t row_step, const Real *v, int advance) {
+    const int n = g.run->n, width = g.width, begin = g.first[0], last = g.end[0] - 1, end = g.end[n - 1];
+    const int64_t lane_step = g.run->step - advance * g.step, step = g.step, vectors_row = g.vectors_row;
+    Real *row[Rows::n];
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows::n; i++) row[i] = rows[i];
+    for (int x = begin; x < end; x++) {
+        const int from = advance && x > last ? x - last : 0, to = advance && x - begin + 1 < n ? x - begin + 1 : n;
+        Vec a[Rows::n][vectors];
+        load_block(a, row, (int64_t)x * width);
+        add_queries<Rows>(a, weights + (x - begin) * step + from * lane_step, row_step, lane_step, v + (int64_t)from * width, vectors_row,
+                          width, to - from);
+        store_block(a, row, (int64_t)x * width, Rows::n);
     }
 }
 
-template <int code, int vectors>
-NBHD_INLINE void add_case(Vec (&a)[gradient_block][vectors], const Real *w, int64_t key_step, int64_t lane_step, const Real *v,
-                          int width, int count) {
-    constexpr int low = code / 16, high = code % 16;
-    if constexpr (low < high && high <= gradient_block)
-        add_lanes<low, high, vectors>(a, w, key_step, lane_step, v, width, count);
-}
-
-template <int vectors>
-NBHD_INLINE void add(Vec (&a)[gradient_block][vectors], int low, int high, const Real *w, int64_t key_step, int64_t lane_step,
-                     const Real *v, int width, int count) {
+// Anything else: row by row, and in pieces of queries whose first keys advance evenly.
+template <int vectors> NBHD_INLINE void add_span(Vec (&a)[gradient_block][vectors], int low, int high, const Real *w, int64_t lane_step,
+                                                 const Real *v, int width, int count) {
     switch (low * 16 + high) {
 #define NBHD_CASE(low, high)                                                                                                   \
-    case low * 16 + high: add_case<low * 16 + high, vectors>(a, w, key_step, lane_step, v, width, count); break;
+    case low * 16 + high:                                                                                                      \
+        if constexpr (low < high && high <= gradient_block) add_queries<Span<low, high>>(a, w, 0, lane_step, v, 0, width, count); \
+        break;
 #define NBHD_CASES(high) NBHD_CASE(0, high) NBHD_CASE(1, high) NBHD_CASE(2, high) NBHD_CASE(3, high) NBHD_CASE(4, high)         \
     NBHD_CASE(5, high) NBHD_CASE(6, high) NBHD_CASE(7, high)
         NBHD_CASES(1) NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
@@ -68,63 +152,67 @@ NBHD_INLINE void add(Vec (&a)[gradient_block][vectors], int low, int high, const
 #undef NBHD_CASE
     }
 }
-
-// Key rows [i0, i0 + keys) of the tile's list, all in one plane; every key column the tile sees.
-template <int vectors> static void gradient_rows(const KeyGradient &g, int i0, int keys, int c0) {
+template <int vectors>
+static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *row, const Real *weights, const Real *v) {
     const RowTile &t = *g.rows;
-    const int64_t slots = (int64_t)g.kernel * lanes;
-    const KeyRow *key = t.key + i0;
-    Real *row[gradient_block];
-    for (int i = 0; i < gradient_block; i++) row[i] = g.gradient + key[i < keys ? i : 0].ring * g.ring_row + c0;
-    int low[tile_rows], high[tile_rows];
-    for (int r = 0; r < t.n; r++) {
-        int i = 0;
-        while (i < keys && !(key[i].begin <= r && r < key[i].end)) i++;
-        low[r] = i;
-        while (i < keys && key[i].begin <= r && r < key[i].end) i++;
-        high[r] = i;
-    }
-    int from = 0, to = 0; // lanes that see the column
-    for (int x = g.first[0]; x < g.end[g.n - 1]; x++) {
-        while (from < g.n && g.end[from] <= x) from++;
-        while (to < g.n && g.first[to] <= x) to++;
+    const int n = g.run->n;
+    int from = 0, to = 0; // queries that see the column
+    for (int x = g.first[0]; x < g.end[n - 1]; x++) {
+        while (from < n && g.end[from] <= x) from++;
+        while (to < n && g.first[to] <= x) to++;
         if (from >= to) continue;
         Vec a[gradient_block][vectors];
-        const int64_t at = (int64_t)x * g.width;
-#pragma GCC unroll 8
-        for (int i = 0; i < gradient_block; i++)
-#pragma GCC unroll 4
-            for (int c = 0; c < vectors; c++) a[i][c] = load(row[i] + at + c * lanes);
-        for (int l = from; l < to;) { // runs of lanes whose first keys advance by the same step
-            int run = l + 1;
-            const int step = run < to ? g.first[run] - g.first[l] : 0;
-            while (run < to && g.first[run] - g.first[run - 1] == step) run++;
+        load_block(a, row, (int64_t)x * g.width);
+        for (int l = from, next; l < to; l = next) {
+            next = l + 1;
+            const int advance = next < to ? g.first[next] - g.first[l] : 0;
+            while (next < to && g.first[next] - g.first[next - 1] == advance) next++;
             for (int r = 0; r < t.n; r++)
-                add<vectors>(a, low[r], high[r],
-                             g.weights + r * g.weights_row + (key[0].slot - t.shift[r]) * slots + (int64_t)(x - g.first[l]) * lanes + g.lane + l * g.lane_step,
-                             slots, g.lane_step - (int64_t)step * lanes, g.vectors + r * g.vectors_row + (int64_t)l * g.width + c0, g.width,
-                             run - l);
-            l = run;
+                add_span(a, b.low[r], b.high[r],
+                         weights + r * g.weights_row - (t.shift[r] - t.shift[0]) * lanes + (x - g.first[l]) * g.step + l * g.run->step,
+                         g.run->step - advance * g.step, v + r * g.vectors_row + (int64_t)l * g.width, g.width, next - l);
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < gradient_block; i++)
-            if (i < keys)
-#pragma GCC unroll 4
-                for (int c = 0; c < vectors; c++) store(row[i] + at + c * lanes, a[i][c]);
+        store_block(a, row, (int64_t)x * g.width, b.keys);
     }
 }
 
-static void key_gradient(const KeyGradient &g) {
+// How evenly the first keys of a run advance: 0, 1, or -1 for neither; every query must see as many keys.
+static int advance_of(const KeyGradient &g) {
+    const int n = g.run->n, advance = n > 1 ? g.first[1] - g.first[0] : 0;
+    if (advance > 1) return -1;
+    for (int i = 1; i < n; i++)
+        if (g.first[i] - g.first[0] != i * advance || g.end[i] - g.first[i] != g.end[0] - g.first[0]) return -1;
+    return advance;
+}
+
+template <int vectors> static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int advance, int c0) {
     const RowTile &t = *g.rows;
-    const int plane = t.key_rows_per_plane, parts = (plane + gradient_block - 1) / gradient_block;
-    for (int z = 0; z < t.key_rows; z += plane)
-        for (int part = 0, from = 0; part < parts; part++) {
-            const int n = (plane - from) / (parts - part);
-            int c = 0;
-            for (; c + 2 * lanes <= g.width; c += 2 * lanes) gradient_rows<2>(g, z + from, n, c);
-            if (c < g.width) gradient_rows<1>(g, z + from, n, c);
-            from += n;
-        }
+    Real *row[gradient_block];
+    for (int i = 0; i < gradient_block; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
+    const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v = g.vectors + c0;
+    const int64_t row_step = g.weights_row - lanes * (t.n > 1 ? t.shift[1] - t.shift[0] : 0);
+    switch (advance < 0 ? -1 : b.pattern) {
+#define NBHD_CASE(n, head, tail)                                                                                               \
+    case n * 4 + head * 2 + tail:                                                                                              \
+        if constexpr (n <= gradient_block)                                                                                     \
+            add_pattern<Pattern<n, tile_rows, head, tail>, vectors>(g, row, weights, row_step, v, advance);                    \
+        break;
+#define NBHD_CASES(n) NBHD_CASE(n, 0, 0) NBHD_CASE(n, 0, 1) NBHD_CASE(n, 1, 0) NBHD_CASE(n, 1, 1)
+        NBHD_CASES(1) NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
+#undef NBHD_CASES
+#undef NBHD_CASE
+    default: add_rows<vectors>(g, b, row, weights, v);
+    }
+}
+
+static void key_gradient(const KeyGradient &gradient) {
+    const KeyGradient g = gradient; // a copy that no store can alias
+    const int advance = advance_of(g);
+    for (int i = 0; i < g.n_blocks; i++) {
+        int c = 0;
+        for (; c + 2 * lanes <= g.width; c += 2 * lanes) gradient_of_block<2>(g, g.blocks[i], advance, c);
+        if (c < g.width) gradient_of_block<1>(g, g.blocks[i], advance, c);
+    }
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -24,7 +24,7 @@ constexpr int offsets_for(int rows) {
 // How the lanes' keys lie: see column_tile.h.
 enum class Keys { sliding, shared, paired, permuted };
 
-// What an accumulator starts from: nothing, one number for all lanes at bias[r][j], or a vector at bias[r][j * lanes].
+// What an accumulator starts from: nothing, one number for all lanes at bias[r][j], or a vector at bias[r][j * bias_step].
 enum class Start { zero, shared, by_lane };
 
 struct ScoreBlock {
@@ -36,13 +36,14 @@ struct ScoreBlock {
     const Index *index;          // of the keys of a permuted tile
     Start start;
     const Real *bias[tile_rows]; // by row
-    Real *scores[tile_rows];     // by row: [offset][lane]
+    int64_t bias_step;
+    Real *scores[tile_rows];     // by row, for offset 0
+    int64_t score_step;          // from an offset to the next
     Real *maximum;               // [row][lane], raised to the scores; or null
 };
 
 // Offsets [from, from + offsets) of a block.
-template <int rows, int offsets, Keys keys> static void score_block(const ScoreBlock &block, int from) {
-    const ScoreBlock b = block; // a copy that no store can alias
+template <int rows, int offsets, Keys keys> static void score_block(const ScoreBlock &b, int from) {
     Vec a[rows][offsets];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -50,7 +51,7 @@ template <int rows, int offsets, Keys keys> static void score_block(const ScoreB
         for (int j = 0; j < offsets; j++) {
             if (b.start == Start::zero) a[r][j] = Vec{};
             else if (b.start == Start::shared) a[r][j] = broadcast(b.bias[r] + from + j);
-            else a[r][j] = load(b.bias[r] + (from + j) * lanes);
+            else a[r][j] = load(b.bias[r] + (from + j) * b.bias_step);
         }
     const Real *q = b.query, *k = b.keys + (keys == Keys::paired ? 2 * from : from);
     for (int c = 0; c < b.channels; c++, q += lanes, k += b.pitch) {
@@ -69,17 +70,21 @@ template <int rows, int offsets, Keys keys> static void score_block(const ScoreB
             for (int r = 0; r < rows; r++) a[r][j] = fma(qv[r], kv, a[r][j]);
         }
     }
+    Real *to[rows], *const maximum = b.maximum; // read before the stores, which could alias them
+    const int64_t step = b.score_step;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) to[r] = b.scores[r] + from * step;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < offsets; j++) store(to[r] + j * step, a[r][j]);
+    if (!maximum) return;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        Real *s = b.scores[r] + from * lanes;
+        Vec m = load(maximum + r * lanes);
 #pragma GCC unroll 8
-        for (int j = 0; j < offsets; j++) store(s + j * lanes, a[r][j]);
-        if (b.maximum) {
-            Vec m = load(b.maximum + r * lanes);
-#pragma GCC unroll 8
-            for (int j = 0; j < offsets; j++) m = max(m, a[r][j]);
-            store(b.maximum + r * lanes, m);
-        }
+        for (int j = 0; j < offsets; j++) m = max(m, a[r][j]);
+        store(maximum + r * lanes, m);
     }
 }
 

@@ -19,13 +19,11 @@ static bool has_holes(const RowTile &t, const ColumnTile &c, const Problem &p) {
 static void fill_holes(Real *scores, const RowTile &t, int r, const ColumnTile &c, const Problem &p, Real fill) {
     const int kz = p.axis[0].kernel, ky = p.axis[1].kernel, kx = p.axis[2].kernel;
     for (int z = 0; z < kz; z++)
-        for (int y = 0; y < ky; y++) {
-            const bool seen = z < t.z_count && y < t.y_count[r];
-            for (int x = 0; x < kx; x++, scores += lanes) {
-                if (!seen) store(scores, splat(fill));
+        for (int x = 0; x < kx; x++)
+            for (int y = 0; y < ky; y++, scores += lanes) {
+                if (z >= t.z_count || y >= t.y_count[r]) store(scores, splat(fill));
                 else if (c.masked) store(scores, c.count > x ? load(scores) : splat(fill));
             }
-        }
 }
 
 static Vec row_maximum(const Real *scores, int slots) {

@@ -10,7 +10,8 @@
 //        . . . . . . . . . . . .
 //        . . . . . . . . . . . .
 //
-// A slot is a place in a query's window, (z, y, x) offsets in row-major order. Scores lie as [row][slot][lane].
+// Scores lie as [query row][slot][lane], the slots of a window as [z offset][x offset][y offset]: the key rows of one key
+// column follow one another, at distances the gradient kernel knows at compile time.
 #pragma once
 #include "column_tile.h"
 
@@ -20,7 +21,7 @@ namespace nbhd::NBHD_ISA {
 struct KeyRow {
     int ring;        // where the key ring keeps it
     int begin, end;  // query rows
-    int slot;        // offset along (Z, Y) for query row 0; row r has slot - shift[r]
+    int slot;        // of x offset 0, for query row 0; row r has slot - shift[r]
     int bias_row;    // row of the bias table for query row 0; row r has bias_row - r
 };
 
@@ -41,7 +42,8 @@ struct RingShape {
     int slots() const { return span * rows; }
 };
 
-static void row_tile(RowTile &t, const GroupAxis &z_axis, const GroupAxis &y_axis, const RingShape &ring, int z, int y, int n) {
+static void row_tile(RowTile &t, const GroupAxis &z_axis, const GroupAxis &y_axis, int x_kernel, const RingShape &ring, int z,
+                     int y, int n) {
     t.z = z, t.y = y, t.n = n;
     const int y_first = y_axis.first[y], y_end = y_axis.end(y + n - 1), z_first = z_axis.first[z];
     for (int r = 0; r < n; r++) t.shift[r] = y_axis.first[y + r] - y_first, t.y_count[r] = y_axis.count[y + r];
@@ -57,7 +59,7 @@ static void row_tile(RowTile &t, const GroupAxis &z_axis, const GroupAxis &y_axi
             while (k->begin < n && y_axis.end(y + k->begin) <= yk) k->begin++;
             k->end = k->begin;
             while (k->end < n && y_axis.first[y + k->end] <= yk) k->end++;
-            k->slot = zi * y_axis.kernel + yk - y_first;
+            k->slot = zi * x_kernel * y_axis.kernel + yk - y_first;
             k->bias_row = (z_first + zi - z + z_axis.kernel - 1) * bias_rows_y + yk - y + y_axis.kernel - 1;
         }
 }

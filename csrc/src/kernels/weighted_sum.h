@@ -17,7 +17,7 @@ namespace nbhd::NBHD_ISA {
 struct WeightedSum {
     const Real *weights;     // [row][slot][lane]
     int64_t weights_row;     // from a query row to the next
-    int kernel;              // slots of a key row
+    int64_t step;            // of a weight from a key to the next
     const Real *values;      // ring rows of [key][width]
     int64_t ring_row;
     int width;               // channels of a packed token
@@ -38,13 +38,14 @@ constexpr int columns_for(int rows) {
 
 // The columns of a block: each one's keys [first, last) of a row, and where the weight of (its lane, key 0) lies.
 template <int columns> struct Columns {
-    int first[columns], last[columns], weight[columns];
+    int first[columns], last[columns];
+    int64_t weight[columns];
 };
 
 // Keys [from, to) of one key row. `active(q)` says, at compile time or not, whether column q sees the key.
 template <int begin, int end, int columns, int vectors, int rows, class Active>
-NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int key,
-                         const Real *values, Active active) {
+NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int64_t step,
+                         int key, const Real *values, Active active) {
     Vec v[vectors];
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; i++) v[i] = load(values + i * lanes), keep(v[i]);
@@ -53,7 +54,7 @@ NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *we
         if (!active(q)) continue;
 #pragma GCC unroll 4
         for (int r = begin; r < end; r++) {
-            const Vec w = broadcast(weights[r] + (key * lanes + c.weight[q]));
+            const Vec w = broadcast(weights[r] + (key * step + c.weight[q]));
 #pragma GCC unroll 4
             for (int i = 0; i < vectors; i++) a[r][q][i] = fma(w, v[i], a[r][q][i]);
         }
@@ -63,28 +64,28 @@ NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *we
 // One key row, seen by query rows [begin, end). `sliding`: each column's keys start and end one after its neighbour's, so
 // that the head and the tail of the union are triangles known at compile time.
 template <int begin, int end, int columns, int vectors, bool sliding, int rows>
-NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int width,
-                             const Real *values) {
+NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int64_t step,
+                             int width, const Real *values) {
     const auto every = [](int) { return true; };
     const int first = c.first[0], last = c.last[columns - 1];
     if constexpr (sliding) {
         const Real *v = values + (int64_t)first * width;
 #pragma GCC unroll 8
         for (int i = 0; i < columns - 1; i++, v += width)
-            sum_key<begin, end>(a, weights, c, first + i, v, [i](int q) { return q <= i; });
-        for (int k = first + columns - 1; k < last - (columns - 1); k++, v += width) sum_key<begin, end>(a, weights, c, k, v, every);
+            sum_key<begin, end>(a, weights, c, step, first + i, v, [i](int q) { return q <= i; });
+        for (int k = first + columns - 1; k < last - (columns - 1); k++, v += width) sum_key<begin, end>(a, weights, c, step, k, v, every);
 #pragma GCC unroll 8
         for (int i = 0; i < columns - 1; i++, v += width)
-            sum_key<begin, end>(a, weights, c, last - (columns - 1) + i, v, [i](int q) { return q > i; });
+            sum_key<begin, end>(a, weights, c, step, last - (columns - 1) + i, v, [i](int q) { return q > i; });
     } else {
         const int to = c.last[0], from = c.first[columns - 1] < to ? c.first[columns - 1] : to; // seen by every column
         const Real *v = values + (int64_t)first * width;
         int k = first;
         for (; k < from; k++, v += width)
-            sum_key<begin, end>(a, weights, c, k, v, [&](int q) { return c.first[q] <= k && k < c.last[q]; });
-        for (; k < to; k++, v += width) sum_key<begin, end>(a, weights, c, k, v, every);
+            sum_key<begin, end>(a, weights, c, step, k, v, [&](int q) { return c.first[q] <= k && k < c.last[q]; });
+        for (; k < to; k++, v += width) sum_key<begin, end>(a, weights, c, step, k, v, every);
         for (; k < last; k++, v += width)
-            sum_key<begin, end>(a, weights, c, k, v, [&](int q) { return c.first[q] <= k && k < c.last[q]; });
+            sum_key<begin, end>(a, weights, c, step, k, v, [&](int q) { return c.first[q] <= k && k < c.last[q]; });
     }
 }
 
@@ -92,13 +93,12 @@ NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const
 template <int rows, int columns, int vectors, bool sliding> static void sum_block(const WeightedSum &sum, int l, int c0) {
     const WeightedSum s = sum; // a copy that no store can alias
     const RowTile &t = *s.rows;
-    const int64_t slots = (int64_t)s.kernel * lanes;
     Vec a[rows][columns][vectors];
     const Real *base[rows];
     Columns<columns> c;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        base[r] = s.weights + r * s.weights_row - t.shift[r] * slots;
+        base[r] = s.weights + r * s.weights_row - t.shift[r] * lanes;
 #pragma GCC unroll 8
         for (int q = 0; q < columns; q++)
 #pragma GCC unroll 4
@@ -108,19 +108,19 @@ template <int rows, int columns, int vectors, bool sliding> static void sum_bloc
     for (int q = 0; q < columns; q++) {
         c.first[q] = sliding ? s.first[l] + q : s.first[l + q];
         c.last[q] = sliding ? s.end[l] + q : s.end[l + q];
-        c.weight[q] = sliding ? s.lane + l - s.first[l] * lanes + q * (1 - lanes) : s.lane + (l + q) * s.lane_step - c.first[q] * lanes;
+        c.weight[q] = s.lane + (l + q) * (sliding ? 1 : s.lane_step) - c.first[q] * s.step;
     }
     const KeyRow *const end = t.key + t.key_rows;
     for (const KeyRow *key = t.key; key < end; key++) {
         const Real *values = s.values + key->ring * s.ring_row + c0;
-        const int64_t slot = key->slot * slots;
+        const int64_t slot = (int64_t)key->slot * lanes;
         const Real *weights[rows];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) weights[r] = base[r] + slot;
         switch (key->begin * 8 + key->end) {
 #define NBHD_ROWS(b, e)                                                                                                        \
     case b * 8 + e:                                                                                                            \
-        if constexpr (e <= rows) sum_key_row<b, e, columns, vectors, sliding>(a, weights, c, s.width, values);                 \
+        if constexpr (e <= rows) sum_key_row<b, e, columns, vectors, sliding>(a, weights, c, s.step, s.width, values);         \
         break;
             NBHD_ROWS(0, 1) NBHD_ROWS(0, 2) NBHD_ROWS(1, 2) NBHD_ROWS(0, 3) NBHD_ROWS(1, 3) NBHD_ROWS(2, 3)
             NBHD_ROWS(0, 4) NBHD_ROWS(1, 4) NBHD_ROWS(2, 4) NBHD_ROWS(3, 4)
