@@ -172,6 +172,34 @@ def na3d(
     )
 
 
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: Ints,
+    stride: Ints = 1,
+    dilation: Ints = 1,
+    is_causal: Bools = False,
+    scale: float | None = None,
+    *,
+    rel_pos_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The scores before the softmax, bias included: :func:`attention_weights` without its last step.
+
+    Returns:
+        ``[batch, *spatial, heads, prod(kernel_size)]`` in the dtype of ``query``; minus infinity in unused slots.
+    """
+    axes = _axes_of(query, "query")
+    query, key = _autocast(query, key)
+    neighborhood, scale = _check(
+        axes, query, key, key, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, backend
+    )
+    if _needs_plain_torch(query, key, rel_pos_bias):
+        return reference.scores(query, key, rel_pos_bias, neighborhood, scale)
+    result: Tensor = torch.ops.nbhd.scores(query, key, rel_pos_bias, *ops.flat(neighborhood), scale, backend)
+    return result
+
+
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -194,15 +222,9 @@ def attention_weights(
         Slots are row-major over the window's offsets: slot ``j`` of an axis is the window's ``j``-th key. A causal
         window that is not full has zeros in its last slots.
     """
-    axes = _axes_of(query, "query")
-    query, key = _autocast(query, key)
-    neighborhood, scale = _check(
-        axes, query, key, key, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, backend
+    scores = attention_scores(
+        query, key, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias=rel_pos_bias, backend=backend
     )
-    if _needs_plain_torch(query, key, rel_pos_bias):
-        scores = reference.scores(query, key, rel_pos_bias, neighborhood, scale)
-    else:
-        scores = torch.ops.nbhd.scores(query, key, rel_pos_bias, *ops.flat(neighborhood), scale, backend)
     return torch.softmax(scores, -1)
 
 
