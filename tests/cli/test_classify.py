@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from nbhd.cli import _console, app
+from nbhd.cli import _console
 from nbhd.tasks.classification import Classifier
+from tests.commands import nbhd
 from tests.files import as_ordinary_user
 from tests.pictures import bombs, encode, noise
 from tests.tiny import LABELS
@@ -41,9 +41,7 @@ def classify(tiny_model: Path) -> Iterator[Run]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    yield lambda *args: CliRunner().invoke(
-        app, ["classify", "--model", str(tiny_model), "--device", "cpu", *map(str, args)]
-    )
+    yield lambda *args: nbhd("classify", "--model", tiny_model, "--device", "cpu", *args)
     logging.set_verbosity(level)
     logging.enable_progress_bar()
 
@@ -320,10 +318,10 @@ def test_more_labels_than_there_are(classify: Run, photos: Path) -> None:
 
 
 def test_without_a_default_checkpoint_it_says_what_to_do(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nbhd.checkpoints
+    from nbhd import checkpoints
 
-    monkeypatch.setattr(nbhd.checkpoints.resources, "files", lambda _: photos)
-    run = CliRunner().invoke(app, ["classify", "photos"])
+    monkeypatch.setattr(checkpoints.resources, "files", lambda _: photos)
+    run = nbhd("classify", "photos")
     assert run.exit_code == 2
     assert "the default checkpoint is not in this installation" in run.stderr
 
@@ -367,7 +365,7 @@ def test_a_fault_of_ours_is_called_one(classify: Run, photos: Path, monkeypatch:
 
 
 def test_debug_brings_the_traceback_back(photos: Path) -> None:
-    run = CliRunner().invoke(app, ["--debug", "classify", "photos", "--device", "gpu"])
+    run = nbhd("--debug", "classify", "photos", "--device", "gpu")
     assert type(run.exception).__name__ == "ArgumentError"
 
 

@@ -7,16 +7,15 @@ import types
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from nbhd import __version__, backends
 from nbhd.checkpoints import default_checkpoint
-from nbhd.cli import app
 from nbhd.errors import CheckpointError
+from tests.commands import nbhd
 
 
 def info() -> dict:
-    run = CliRunner().invoke(app, ["info", "--format", "json"])
+    run = nbhd("info", "--format", "json")
     assert (run.exit_code, run.stderr) == (0, "")
     return json.loads(run.stdout)
 
@@ -44,7 +43,7 @@ def test_verdicts_are_those_of_the_backends_in_their_order() -> None:
 def test_why_a_backend_is_not_usable_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = types.SimpleNamespace(why_unusable=lambda: "its library is missing.")
     monkeypatch.setattr(backends, "load", lambda name: broken)
-    run = CliRunner().invoke(app, ["info"])
+    run = nbhd("info")
     assert run.exit_code == 0
     assert "not usable: its library is missing." in run.stdout
 
@@ -54,7 +53,7 @@ def test_a_backend_that_cannot_be_imported_does_not_end_it(monkeypatch: pytest.M
         raise OSError("libfoo.so: cannot open shared object file")
 
     monkeypatch.setattr(backends, "load", load)
-    run = CliRunner().invoke(app, ["info"])
+    run = nbhd("info")
     assert run.exit_code == 0
     assert "not usable: it cannot be imported: libfoo.so" in run.stdout
 
@@ -79,11 +78,11 @@ def test_the_default_checkpoint() -> None:
 
 
 def test_text_is_for_people() -> None:
-    run = CliRunner().invoke(app, ["info"])
+    run = nbhd("info")
     assert run.exit_code == 0
     assert f"nbhd         {__version__}" in run.stdout
     assert "reference  usable" in run.stdout
 
 
 def test_unknown_format() -> None:
-    assert CliRunner().invoke(app, ["info", "--format", "xml"]).exit_code == 2
+    assert nbhd("info", "--format", "xml").exit_code == 2

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from nbhd.checkpoints import default_checkpoint
-from nbhd.cli import app
 from nbhd.tasks.classification import Classifier
+from tests.commands import nbhd
 from tests.tiny import LABELS
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +27,7 @@ def test_its_folder_is_complete_and_small() -> None:
 
 
 def test_photographs_are_named_through_the_command_line() -> None:
-    run = CliRunner().invoke(app, ["classify", str(PHOTOS), "--format", "json", "--top-k", "1", "--device", "cpu"])
+    run = nbhd("classify", str(PHOTOS), "--format", "json", "--top-k", "1", "--device", "cpu")
     assert (run.exit_code, run.stderr) == (0, "")
     records = json.loads(run.stdout)
     assert len(records) == 7

@@ -39,7 +39,9 @@ def files(tmp_path: Path) -> list[Path]:
 
 def reference(model: Path, image: Image.Image) -> torch.Tensor:
     """Probabilities by transformers alone, one picture at a time."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+
+    from nbhd.models._transformers import AutoImageProcessor
 
     network = AutoModelForImageClassification.from_pretrained(model).eval()
     processor = AutoImageProcessor.from_pretrained(model)

@@ -46,7 +46,8 @@ def gather() -> dict[str, Any]:
         "nbhd": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # torch itself names its build (+cpu, +cu130), which its metadata may not
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
         "cpu": {
             "name": _cpu_name(),
             "isa": torch.backends.cpu.get_cpu_capability(),

@@ -34,11 +34,10 @@ MAX_FILE_BYTES = 1 << 30
 #: memory.
 LARGE_PIXELS = 1 << 25
 
-#: Formats that are told by a real signature. Left out: those without one (TGA, PCX, ...), so that arbitrary bytes are
-#: not taken for a picture, and EPS, which would run Ghostscript on them.
-FORMATS = (
-    "JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "ICNS", "QOI", "PSD", "SGI", "DDS",
-)  # fmt: skip
+#: Formats that are told by a real signature and decoded in bounded time. Left out: those without one (TGA, PCX, ...),
+#: so that arbitrary bytes are not taken for a picture; EPS, which would run Ghostscript on them; and DDS and QOI,
+#: decoded by loops in Python, where a short file can keep older Pillow busy for minutes.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "ICNS", "PSD", "SGI")
 
 #: Colour behind transparent pixels.
 BACKGROUND = (255, 255, 255)

@@ -1,0 +1,17 @@
+"""The command line in this process."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from typer.testing import CliRunner
+
+from nbhd.cli import app
+
+
+def nbhd(*args: object) -> Any:
+    """Run ``nbhd ARGS``; the result has ``exit_code``, ``stdout``, ``stderr`` and ``exception``."""
+    # Before click 8.2 a runner mixed the two streams unless told not to.
+    apart = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+    return CliRunner(**apart).invoke(app, [str(arg) for arg in args])
