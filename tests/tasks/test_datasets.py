@@ -191,10 +191,10 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 
 def test_missing_split_lists_the_splits(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [0])
-    with pytest.raises(FileError, match="no split 'validation'. It has: train"):
+    with pytest.raises(FileError, match=r"no split 'validation'. It has: train"):
         open_images(tmp_path, "validation")
     write_folder(tmp_path / "folders" / "train", "a", "b")
-    with pytest.raises(FileError, match="no split 'validation'. It has: train"):
+    with pytest.raises(FileError, match=r"no split 'validation'. It has: train"):
         open_images(tmp_path / "folders", "validation")
 
 
@@ -230,7 +230,7 @@ def test_column_of_something_else_is_not_taken_for_images(tmp_path: Path) -> Non
 
 def test_folder_without_images_says_what_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
-    with pytest.raises(FileError, match="holds no labelled images. Wanted: parquet files"):
+    with pytest.raises(FileError, match=r"holds no labelled images. Wanted: parquet files"):
         open_images(tmp_path, "train")
 
 
@@ -245,7 +245,7 @@ def test_labels_that_do_not_fit_the_model_are_an_error() -> None:
     table = open_images(IMAGENETTE48, "validation")
     check_labels_fit(table, table.class_names, "model")
     check_labels_fit(table, [f"LABEL_{i}" for i in range(10)], "model")
-    with pytest.raises(ArgumentError, match="has 10 classes .* but the model m has 2 "):
+    with pytest.raises(ArgumentError, match=r"has 10 classes .* but the model m has 2 "):
         check_labels_fit(table, ["a", "b"], "m")
     with pytest.raises(ArgumentError, match="calls class 0 'tench', but the model m calls it 'parachute'"):
         check_labels_fit(table, table.class_names[::-1], "m")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nbhd._text import pad, printable, width
-from nbhd.cli._console import note
+from nbhd.cli._console import note, track
 from nbhd.cli._errors import SOME_INPUTS_FAILED
+from nbhd.errors import FileError
 
 if TYPE_CHECKING:
     from nbhd.tasks.classification.evaluate import Evaluation
@@ -65,12 +66,22 @@ def evaluate(
       nbhd evaluate --model runs/1 --data photos/ --split test --format json > results.json
     """
     from nbhd._files import write_whole
-    from nbhd.tasks.classification.evaluate import evaluate_images
-    from nbhd.tasks.datasets import first_rows, open_images
+    from nbhd.tasks.checkpoints import load_classifier
+    from nbhd.tasks.classification.evaluate import evaluate_images, open_for_model
+    from nbhd.tasks.datasets import first_rows
+    from nbhd.tasks.devices import resolve_device
 
     as_json = format is Format.json or (format is None and output is not None and output.suffix == ".json")
-    table = open_images(data, split, image_column=image_column, label_column=label_column)
-    result = evaluate_images(model, first_rows(table, limit), batch_size=batch_size, device=device)
+    if output is not None and not output.parent.is_dir():
+        raise FileError(f"--output {output}: the folder {output.parent} does not exist. Create it first.")
+    loaded = load_classifier(model, resolve_device(device))
+    table = open_for_model(loaded, data, split, image_column=image_column, label_column=label_column)
+    result = evaluate_images(
+        loaded,
+        first_rows(table, limit),
+        batch_size=batch_size,
+        track=lambda batches, count: track(batches, count, "evaluating"),
+    )
     for failure in result.failures:
         note(f"skipped: {failure}")
     text = json.dumps(result.summary(), indent=2, ensure_ascii=False) + "\n" if as_json else _table(result)

@@ -75,7 +75,7 @@ class Rows(ImageTable):
 
 
 def open_images(
-    source: str | Path,
+    source: str | os.PathLike[str],
     split: str,
     *,
     image_column: str = "image",
@@ -398,7 +398,7 @@ def check_labels_fit(table: ImageTable, model_classes: Sequence[str], model: str
             f"{len(model_classes)} ({_some(model_classes)}). Evaluate on data with the model's classes, or train a "
             "model on these."
         )
-    named = not (_only_numbers(classes) or _only_numbers(model_classes))
+    named = not (only_numbers(classes) or only_numbers(model_classes))
     if named and list(classes) != list(model_classes)[: len(classes)]:
         wrong = next(i for i, name in enumerate(classes) if name != model_classes[i])
         raise ArgumentError(
@@ -407,7 +407,8 @@ def check_labels_fit(table: ImageTable, model_classes: Sequence[str], model: str
         )
 
 
-def _only_numbers(names: Sequence[str]) -> bool:
+def only_numbers(names: Sequence[str]) -> bool:
+    """Whether classes have no names but numbers: ``0``, ``1``, ... or ``LABEL_0``, ...."""
     return all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names)
 
 

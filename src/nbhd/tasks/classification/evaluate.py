@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from nbhd.errors import FileError
-from nbhd.tasks.checkpoints import load_classifier
-from nbhd.tasks.datasets import ImageTable, check_labels_fit
-from nbhd.tasks.devices import resolve_device
+from nbhd.tasks.checkpoints import Loaded
+from nbhd.tasks.datasets import ImageTable, check_labels_fit, only_numbers, open_images
+
+Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor, list[str]]  # [B, 3, X, Y], [B] class numbers, failures
 
 
 @dataclass
@@ -94,58 +95,59 @@ class Evaluation:
         }
 
 
+def class_names(loaded: Loaded) -> list[str]:
+    """The model's classes in the order of its outputs."""
+    config = loaded.model.config
+    return [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
+
+
+def open_for_model(loaded: Loaded, source: str | os.PathLike[str], split: str, **columns: str) -> ImageTable:
+    """Open data (`open_images`) with its classes numbered by name as the model's, if the model's have names."""
+    names = class_names(loaded)
+    return open_images(source, split, class_names=None if only_numbers(names) else names, **columns)
+
+
 def evaluate_images(
-    model: str | os.PathLike[str] | None,
+    loaded: Loaded,
     table: ImageTable,
     *,
     batch_size: int = 64,
-    device: str | torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    track: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches,
 ) -> Evaluation:
     """Run a model over all images of a table with its own image processor.
 
     Args:
-        model: folder or hub id of an image classification model; None for the checkpoint that comes with nbhd.
-        table: images and labels (`open_images`); labels must be numbered as the model's.
+        loaded: of `load_classifier`.
+        table: images and labels, numbered as the model's classes (`open_for_model`).
         batch_size: images at once.
-        device: such as ``"cuda:1"``; None takes the best one here.
-        progress: called with how many of how many images are done.
+        track: given the batches and their number, gives them on; for a progress bar.
 
     Raises:
-        CheckpointError: the model cannot be loaded.
-        ArgumentError: the data's classes are not the model's, or there is no such device.
+        ArgumentError: the data's classes are not the model's.
         FileError: no image can be decoded.
     """
-    target = resolve_device(device)
-    loaded = load_classifier(model, target)
-    network, processor = loaded.model, loaded.processor
-    class_names = [str(network.config.id2label[i]) for i in range(network.config.num_labels)]
-    check_labels_fit(table, class_names, str(loaded.source))
-    confusion = np.zeros((len(class_names), len(class_names)), dtype=np.int64)
-    result = Evaluation(class_names, confusion, 0, 0.0)
+    network, names = loaded.model, class_names(loaded)
+    check_labels_fit(table, names, str(loaded.source))
+    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+    result = Evaluation(names, confusion, 0, 0.0)
     start = time.perf_counter()
-    done = 0
-    for pixels, labels, failures in _batches(table, processor, batch_size):
+    for pixels, labels, failures in track(_batches(table, loaded.processor, batch_size), -(-len(table) // batch_size)):
         result.failures += failures
-        done += len(labels) + len(failures)
-        if len(labels):
-            with torch.inference_mode():
-                logits = network(pixel_values=pixels.to(target, network.dtype)).logits.float().cpu()
-            result.loss_sum += float(cross_entropy(logits, labels, reduction="sum"))
-            top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            result.top5_hits += int((top == labels[:, None]).any(1).sum())
-            np.add.at(confusion, (labels.numpy(), top[:, 0].numpy()), 1)
-        if progress is not None:
-            progress(done, len(table))
+        if not len(labels):
+            continue
+        with torch.inference_mode():
+            logits = network(pixel_values=pixels.to(network.device, network.dtype)).logits.float().cpu()
+        result.loss_sum += float(cross_entropy(logits, labels, reduction="sum"))
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        result.top5_hits += int((top == labels[:, None]).any(1).sum())
+        np.add.at(confusion, (labels.numpy(), top[:, 0].numpy()), 1)
     if not result.images:
         raise FileError(f"{table.where}: none of the images can be decoded. The first: {result.failures[0]}")
     result.seconds = time.perf_counter() - start
     return result
 
 
-def _batches(
-    table: ImageTable, processor: Any, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+def _batches(table: ImageTable, processor: Any, batch_size: int) -> Iterator[Batch]:
     """Preprocessed batches, the next ones being decoded while the model works."""
 
     def load(row: int) -> torch.Tensor | str:

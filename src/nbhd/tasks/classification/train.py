@@ -18,10 +18,12 @@ from torch.utils.data import Dataset
 
 from nbhd._files import write_json, write_whole
 from nbhd.errors import ArgumentError, FileError, RecipeError
+from nbhd.tasks.checkpoints import load_classifier
 from nbhd.tasks.classification.evaluate import Evaluation, evaluate_images
 from nbhd.tasks.classification.model_card import model_card
 from nbhd.tasks.datasets import ImageTable, Rows, first_rows, open_images
 from nbhd.tasks.decoded import DecodedImages, decode_all, report_failures
+from nbhd.tasks.devices import resolve_device
 from nbhd.tasks.recipe_sections import ModelSection, Recipe
 from nbhd.tasks.runs import check_same_recipe, draw_curves, last_checkpoint, machine_facts, prepare_output
 from nbhd.tasks.training import Key, TaskTrainer, quiet_transformers, size_at, training_arguments
@@ -112,11 +114,11 @@ def train(
     trainer.train_to_the_end(checkpoint)
     if arguments.process_index != 0:
         return {}
-    device = "cpu" if arguments.use_cpu else None
+    device = resolve_device("cpu" if arguments.use_cpu else None)
     with quiet_transformers():
         with trainer.averaged_weights():
             export(_bare(trainer.network), recipe, output)
-        final = evaluate_images(output, eval_table, batch_size=recipe.eval.batch_size, device=device)
+        final = evaluate_images(load_classifier(output, device), eval_table, batch_size=recipe.eval.batch_size)
     result = _write_results(output, recipe, facts, trainer.history, final)
     with write_whole(output / "README.md", "w") as stream:
         stream.write(model_card(recipe, classes, parameters, final, facts, trainer.history))
@@ -338,12 +340,12 @@ def export(model: nn.Module, recipe: Recipe, output: Path) -> None:
     with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as folder:
         # config.json keeps dtype float32, so that half-precision files are still loaded and run in float32.
         model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
-        NatImageProcessor(**_processor_settings(recipe)).save_pretrained(folder)
+        NatImageProcessor(**processor_settings(recipe)).save_pretrained(folder)
         for path in sorted(Path(folder).iterdir()):
             shutil.move(path, output / path.name)
 
 
-def _processor_settings(recipe: Recipe) -> dict[str, Any]:
+def processor_settings(recipe: Recipe) -> dict[str, Any]:
     from nbhd.tasks.transforms import RESAMPLE
 
     data = recipe.data
