@@ -208,3 +208,12 @@ def test_weights_that_do_not_fit_are_refused():
         nbhd.apply_attention_weights(torch.zeros(1, 8, 9, 2, 8), V, 3)
     with pytest.raises(ArgumentError, match="one to three spatial axes"):
         nbhd.attention_weights(torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), 3)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_program_recorded_by_torch_jit_computes():
+    """The fast path hides its kernel from the recorder, which once kept an uninitialised output."""
+    q, k, v = qkv(1, 6, 7, 2, 4)
+    traced = torch.jit.trace(lambda a, b, c: nbhd.na2d(a, b, c, 3), (q, k, v))
+    other = [t.flip(1) for t in (q, k, v)]
+    assert torch.allclose(traced(*other), nbhd.na2d(*other, 3), atol=1e-6)

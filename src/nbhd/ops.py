@@ -126,6 +126,7 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | 
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not torch.autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None  # torch.jit.trace would record the empty output, and no kernel
     )
 
 
