@@ -4,20 +4,16 @@
     model = AutoModelForImageClassification.from_pretrained(FOLDER_OR_HUB_ID)
     classify = pipeline("image-classification", model=FOLDER_OR_HUB_ID)
 
-``AutoBackbone.from_pretrained`` takes hub ids only in recent versions of transformers (5.23 and 5.24 at least); for a
-folder use ``NatBackbone.from_pretrained``.
+Two things some versions of transformers cannot do: ``AutoBackbone.from_pretrained`` reads no folder (5.24), use
+``NatBackbone.from_pretrained``; and ``transformers.AutoImageProcessor`` asks for torchvision (5.6 to 5.15), use
+``NatImageProcessor.from_pretrained``. Pipelines are not concerned.
 """
 
 import inspect
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-)
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
+from nbhd.models._transformers import AutoImageProcessor
 from nbhd.models.nat import (
     NatBackbone,
     NatConfig,

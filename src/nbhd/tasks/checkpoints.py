@@ -131,7 +131,7 @@ def _processor(folder: Path, named: str) -> Any:
 
         return NatImageProcessor()
 
-    from transformers import AutoImageProcessor
+    from nbhd.models._transformers import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     pipeline,
 )
 
 from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatImageProcessor, NatModel
+from nbhd.models._transformers import AutoImageProcessor
 from tests.fixtures.nat_reference import fill_weights
 
 SETTINGS: dict[str, Any] = {

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
 import nbhd.models  # noqa: F401
 from nbhd.cli import app
 from nbhd.errors import ArgumentError, CheckpointError, FileError
+from nbhd.models._transformers import AutoImageProcessor
 from nbhd.models.nat import VARIANTS, NatConfig, NatForImageClassification
 from nbhd.models.nat.convert_nat import build, convert_nat, infer_config, load_original, read_labels, rename
 from tests.fixtures.nat_reference import fill_weights

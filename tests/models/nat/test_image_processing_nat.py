@@ -10,11 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import AutoImageProcessor
 from transformers.models.auto import image_processing_auto
 
 from nbhd.errors import ArgumentError
 from nbhd.models import NatImageProcessor
+from nbhd.models._transformers import AutoImageProcessor
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
