@@ -1,0 +1,1 @@
+"""Other libraries' names over nbhd's operator: :mod:`nbhd.compat.natten`."""

@@ -1,0 +1,44 @@
+"""Checks and casts the functions of several eras share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbhd.compat.natten.core.signature import Signature, Unsupported
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of an active autocast, float64 excepted. NATTEN up to 0.17 casts to float16 always."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def check_tensor(signature: Signature, name: str, tensor: Any, rank: int) -> None:
+    """Refuse what is no dense tensor with ``rank`` axes."""
+    if not isinstance(tensor, Tensor):
+        raise signature.error(f"Got {type(tensor).__name__} as {name}.")
+    if tensor.is_sparse:
+        raise Unsupported(f"{signature.name}: NATTEN does not support sparse tensors.")
+    if tensor.is_nested:
+        raise Unsupported(f"{signature.name}: NATTEN does not support nested tensors.")
+    if tensor.ndim != rank:
+        raise signature.error(f"Got {name} with {tensor.ndim} axes: {tuple(tensor.shape)}.")
+
+
+def per_axis(given: Any, axes: int) -> tuple[Any, ...]:
+    """One entry an axis."""
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return tuple(given)
+    return (given,) * axes
+
+
+def or_default(given: Any, default: Any) -> Any:
+    """None means the default in NATTEN's signatures."""
+    return default if given is None else given

@@ -1,0 +1,35 @@
+"""``natten.functional`` of 0.15, heads first; on three axes the depth's window and dilation stand apart."""
+
+from nbhd.compat.natten.core.unfused_names import plain_av, plain_qk, qk_with_bias, qkrpb
+
+__all__ = [
+    "na1d_av",
+    "na1d_qk",
+    "na1d_qk_with_bias",
+    "na2d_av",
+    "na2d_qk",
+    "na2d_qk_with_bias",
+    "na3d_av",
+    "na3d_qk",
+    "na3d_qk_with_bias",
+    "natten1dav",
+    "natten1dqk",
+    "natten1dqkrpb",
+    "natten2dav",
+    "natten2dqk",
+    "natten2dqkrpb",
+    "natten3dav",
+    "natten3dqk",
+    "natten3dqkrpb",
+]
+
+_ERA = "0.15"
+_AXES = (1, 2, 3)
+
+na1d_qk, na2d_qk, na3d_qk = (plain_qk(_ERA, __name__, axes, f"na{axes}d_qk") for axes in _AXES)
+na1d_qk_with_bias, na2d_qk_with_bias, na3d_qk_with_bias = (qk_with_bias(_ERA, __name__, axes) for axes in _AXES)
+na1d_av, na2d_av, na3d_av = (plain_av(_ERA, __name__, axes, f"na{axes}d_av") for axes in _AXES)
+
+natten1dqk, natten2dqk, natten3dqk = na1d_qk, na2d_qk, na3d_qk
+natten1dav, natten2dav, natten3dav = na1d_av, na2d_av, na3d_av
+natten1dqkrpb, natten2dqkrpb, natten3dqkrpb = (qkrpb(_ERA, __name__, axes) for axes in _AXES)
