@@ -1,5 +1,6 @@
 // The C interface: check a call, put it into the kernels' terms, run it.
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -77,6 +78,16 @@ int32_t check_shape(const nbhd_call &c) {
     return NBHD_OK;
 }
 
+// NBHD_CPU_CACHE_KB, for machines with other caches and for tests, which cut small maps into many blocks with it.
+int64_t cache_bytes() {
+    static const int64_t bytes = [] {
+        const char *text = getenv("NBHD_CPU_CACHE_KB");
+        const long kb = text ? strtol(text, nullptr, 10) : 0;
+        return (kb > 0 && kb < 1 << 20 ? kb : 512) * int64_t(1024); // Zen 3; later cores have more
+    }();
+    return bytes;
+}
+
 bool aligned(const void *p, size_t size) { return p && reinterpret_cast<uintptr_t>(p) % size == 0; }
 
 Tensor tensor(const nbhd_tensor &t) {
@@ -117,7 +128,7 @@ int32_t run(const nbhd_call *call, bool backward) {
     p.heads = int(c.heads), p.kv_heads = int(c.kv_heads), p.dim = int(c.dim), p.dim_v = int(c.dim_v);
     for (int a = 0; a < 3; a++)
         p.axis[a] = Axis{int(c.length[a]), int(c.kernel_size[a]), int(c.dilation[a]), tables.first[a].data(), tables.count[a].data()};
-    p.scale = c.scale;
+    p.scale = c.scale, p.cache_bytes = cache_bytes();
     p.query = tensor(c.query), p.key = tensor(c.key), p.value = tensor(c.value), p.out = tensor(c.out);
     p.lse = c.lse, p.bias = c.rel_pos_bias;
     if (backward) {

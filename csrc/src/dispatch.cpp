@@ -7,33 +7,40 @@
 namespace nbhd {
 
 #if defined(__x86_64__) || defined(_M_X64)
-extern const Kernels avx512_f32_kernels, avx2_f32_kernels, avx2_f64_kernels, baseline_f32_kernels, baseline_f64_kernels;
-
-static bool has_avx2() {
+static bool has_baseline() { // x86-64-v2
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
 }
-static bool has_avx512() {
+[[maybe_unused]] static bool has_avx2() {
+    return has_baseline() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("bmi2");
+}
+[[maybe_unused]] static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-static bool has_baseline() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.2");
-}
-// Best first. float64 has no kernels of its own in AVX-512: it takes the AVX2 ones.
-static const InstructionSet sets[] = {
-    {"avx512", has_avx512, &avx512_f32_kernels, &avx2_f64_kernels},
-    {"avx2", has_avx2, &avx2_f32_kernels, &avx2_f64_kernels},
-    {"baseline", has_baseline, &baseline_f32_kernels, &baseline_f64_kernels},
-};
-#elif defined(__aarch64__)
-extern const Kernels neon_f32_kernels, neon_f64_kernels;
-static bool always() { return true; }
-static const InstructionSet sets[] = {{"neon", always, &neon_f32_kernels, &neon_f64_kernels}};
 #else
-#error "nbhd has kernels for x86-64 and AArch64 only"
+static bool always() { return true; }
 #endif
+
+extern const Kernels avx512_f32_kernels, avx2_f32_kernels, avx2_f64_kernels, baseline_f32_kernels, baseline_f64_kernels,
+    neon_f32_kernels, neon_f64_kernels;
+
+// Best first. The NBHD_... macros say which of them this build has (CMakeLists.txt, NBHD_SETS).
+static const InstructionSet sets[] = {
+#ifdef NBHD_AVX512 // float64 has no kernels of its own there: it takes the AVX2 ones
+    {"avx512", has_avx512, &avx512_f32_kernels, &avx2_f64_kernels},
+#endif
+#ifdef NBHD_AVX2
+    {"avx2", has_avx2, &avx2_f32_kernels, &avx2_f64_kernels},
+#endif
+#ifdef NBHD_BASELINE
+    {"baseline", has_baseline, &baseline_f32_kernels, &baseline_f64_kernels},
+#endif
+#ifdef NBHD_NEON
+    {"neon", always, &neon_f32_kernels, &neon_f64_kernels},
+#endif
+};
 
 static const InstructionSet *choose() {
     const char *wanted = getenv("NBHD_CPU_ISA");

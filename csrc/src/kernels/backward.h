@@ -87,6 +87,9 @@ static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardB
                           int local_kv_head, int head, int local_head, Real *d_bias) {
     const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v);
     const bool holes = has_holes(t, c, p);
+    for (int i = 0; i < c.runs; i++)
+        for (int r = 0; r < t.n; r++)
+            prefetch_tokens<true>(v.d_query.at(t.z, t.y + r, c.run[i].x, head), v.d_query.x, c.run[i].n, p.dim);
     for (int r = 0; r < t.n; r++) {
         Real *q = f.query_rows + r * lanes * width, *g = f.d_out_rows + r * lanes * width_v;
         const Real *q_token[lanes] = {}, *g_token[lanes] = {};
@@ -187,10 +190,19 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
             if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;
             if (ring.packed < from) ring.packed = from;
             if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
+            const NextRows next = next_rows(ring, b, z, y);
             for (int i = 0; i < f.tiles.n; i++)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
                         const int local = h - task.head_begin;
+                        for (int r = 0; r < f.columns[i].runs; r++) {
+                            const Run &run = f.columns[i].run[r];
+                            prefetch_rows(v.query, z, next.query_begin, next.query_end, run, h * group + q, p.dim);
+                            prefetch_rows(v.d_out, z, next.query_begin, next.query_end, run, h * group + q, p.dim_v);
+                            if (q) continue;
+                            prefetch_rows(v.key, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim);
+                            prefetch_rows(v.value, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim_v);
+                        }
                         backward_tile<T>(p, v, f, t, f.columns[i], local, h * group + q, local * group + q, d_bias);
                     }
         }

@@ -150,7 +150,7 @@ static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int 
 
 // `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
 static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) {
-    constexpr int64_t cache = 512 * 1024; // a second-level cache
+    const int64_t cache = p.cache_bytes;
     constexpr int64_t enough_tasks = 16;
     Plan plan{};
     plan.maps = p.batch;

@@ -79,6 +79,9 @@ static void forward_tile(const Problem &p, const View<const T> &query, const Vie
                          const RowTile &t, const ColumnTile &c, int local_kv_head, int head, int local_head) {
     const int slots = p.window();
     const bool holes = has_holes(t, c, p);
+    for (int i = 0; i < c.runs; i++)
+        for (int r = 0; r < t.n; r++)
+            prefetch_tokens<true>(out.at(t.z, t.y + r, c.run[i].x, head), out.x, c.run[i].n, p.dim_v);
     for (int r = 0; r < t.n; r++) {
         const T *token[lanes] = {};
         for (int i = 0; i < c.n; i++) token[c.lane[i]] = query.at(t.z, t.y + r, c.x[i], head);
@@ -135,10 +138,18 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                 pack_pairs_of(f.keys, slot, f.columns, f.tiles);
             });
             if (f.ring.packed < to) f.ring.packed = to;
+            const NextRows next = next_rows(f.ring, b, z, y);
             for (int i = 0; i < f.tiles.n; i++)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
                         const int local = h - task.head_begin;
+                        for (int r = 0; r < f.columns[i].runs; r++) {
+                            const Run &run = f.columns[i].run[r];
+                            prefetch_rows(query, z, next.query_begin, next.query_end, run, h * group + q, p.dim);
+                            if (q) continue;
+                            prefetch_rows(key, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim);
+                            prefetch_rows(value, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim_v);
+                        }
                         forward_tile<T>(p, query, out, lse, f, t, f.columns[i], local, h * group + q, local * group + q);
                     }
         }

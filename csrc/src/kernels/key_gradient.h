@@ -176,6 +176,29 @@ static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *
     }
 }
 
+// A single query row with a single key row, as in a sequence: the accumulators are neighbouring key columns, whose weights lie at
+// the same distances as those of key rows elsewhere. Queries that see all of a block's columns go together, others one by one.
+template <int vectors> static void add_sequence(const KeyGradient &g, Real *gradient, const Real *weights, const Real *v, int advance) {
+    const int n = g.run->n, end = g.end[n - 1];
+    for (int x = g.first[0]; x < end; x += gradient_block) {
+        const int keys = end - x < gradient_block ? end - x : gradient_block;
+        Real *row[gradient_block];
+        for (int i = 0; i < gradient_block; i++) row[i] = gradient + (int64_t)(x + (i < keys ? i : 0)) * g.width;
+        Vec a[gradient_block][vectors];
+        load_block(a, row, 0);
+        for (int l = 0, next; l < n; l = next) {
+            next = l + 1;
+            int low = g.first[l] > x ? g.first[l] - x : 0, high = g.end[l] - x < keys ? g.end[l] - x : keys;
+            if (low >= high) continue;
+            const bool whole = advance >= 0 && low == 0 && high == keys;
+            while (whole && next < n && g.first[next] <= x && g.end[next] - x >= keys) next++;
+            add_span(a, low, high, weights + (x - g.first[l]) * g.step + l * g.run->step, g.run->step - advance * g.step,
+                     v + (int64_t)l * g.width, g.width, next - l);
+        }
+        store_block(a, row, 0, keys);
+    }
+}
+
 // How evenly the first keys of a run advance: 0, 1, or -1 for neither; every query must see as many keys.
 static int advance_of(const KeyGradient &g) {
     const int n = g.run->n, advance = n > 1 ? g.first[1] - g.first[0] : 0;
@@ -189,7 +212,9 @@ template <int vectors> static void gradient_of_block(const KeyGradient &g, const
     const RowTile &t = *g.rows;
     Real *row[gradient_block];
     for (int i = 0; i < gradient_block; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
+    const bool sequence = t.n == 1 && b.keys == 1 && g.step == lanes;
     const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v = g.vectors + c0;
+    if (sequence) return add_sequence<vectors>(g, row[0], weights, v, advance);
     const int64_t row_step = g.weights_row - lanes * (t.n > 1 ? t.shift[1] - t.shift[0] : 0);
     switch (advance < 0 ? -1 : b.pattern) {
 #define NBHD_CASE(n, head, tail)                                                                                               \

@@ -9,6 +9,15 @@
 
 namespace nbhd::NBHD_ISA {
 
+// Asks for n tokens ahead of their use: into the second-level cache for reading, or to be owned before they are written.
+template <bool write, class T> NBHD_INLINE void prefetch_tokens(const T *p, int64_t stride, int n, int channels) {
+    for (int t = 0; t < n; t++, p += stride)
+        for (int c = 0; c < channels; c += 64 / (int)sizeof(T)) {
+            if constexpr (write) __builtin_prefetch(p + c, 1, 3);
+            else __builtin_prefetch(p + c, 0, 2);
+        }
+}
+
 // n tokens, `stride` elements apart, of `channels` channels; a packed token has round_up(channels).
 template <class T>
 static void pack_rows(const T *src, int64_t stride, int n, int channels, Real *dst, Real factor) {

@@ -46,6 +46,20 @@ static void leading_range(const Ring &r, const Map &m, int z, int y, int n, int 
     else from = m.axis[1].first[y], to = m.axis[1].end(y + n - 1);
 }
 
+// Asks for what the next row tile will need of a run's columns: its queries (and, where the ring moves along Y, its new keys).
+struct NextRows {
+    int z, query_begin, query_end, key_begin, key_end;
+};
+static NextRows next_rows(const Ring &r, const Block &b, int z, int y) {
+    NextRows n{z, y + tile_rows, y + 2 * tile_rows, r.packed, r.shape.planes ? r.packed : r.packed + tile_rows};
+    if (n.query_end > b.end[1]) n.query_end = b.end[1];
+    if (n.key_end > b.key_end[1] && !r.shape.planes) n.key_end = b.key_end[1];
+    return n;
+}
+template <class T> static void prefetch_rows(const View<T> &v, int z, int begin, int end, const Run &run, int head, int channels) {
+    for (int y = begin; y < end; y++) prefetch_tokens<false>(v.at(z, y, run.x, head), v.x, run.n, channels);
+}
+
 // Transposed keys (or values) of the ring for all heads of a task, [head][slot][channel][key], and the copies that paired
 // column tiles read, [head][pair][slot][channel][offset][2].
 struct PackedKeys {

@@ -1,0 +1,150 @@
+// Runs the library on a truth::Case: tensors of any dtype in odd layouts, outputs poisoned with NaN.
+#pragma once
+#include <cstring>
+#include <random>
+
+#include "truth.h"
+
+inline size_t element_size(int64_t dtype) { return dtype == NBHD_FLOAT64 ? 8 : dtype == NBHD_FLOAT32 ? 4 : 2; }
+
+// Conversions are slow and plain on purpose: they check the library's.
+inline uint16_t to_half(double x) {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    if (std::isnan(x)) return 0x7e00;
+    const double a = std::fabs(x);
+    if (a >= 65520) return sign | 0x7c00;
+    int e = a > 0 ? std::max(std::ilogb(a), -14) : -14;
+    double m = std::nearbyint(std::ldexp(a, 10 - e)); // 11 bits with the leading one
+    if (m >= 2048) m /= 2, e++;
+    return sign | uint16_t(m < 1024 ? m : m - 1024 + (e + 15) * 1024);
+}
+inline double from_half(uint16_t h) {
+    const int e = h >> 10 & 31, m = h & 1023;
+    const double a = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(m + 1024, e - 25) : std::ldexp(m, -24);
+    return h & 0x8000 ? -a : a;
+}
+inline void put(void *p, int64_t dtype, double x) {
+    if (dtype == NBHD_FLOAT64) memcpy(p, &x, 8);
+    else if (dtype == NBHD_FLOAT16) {
+        const uint16_t h = to_half(x);
+        memcpy(p, &h, 2);
+    } else {
+        const float f = float(x);
+        uint32_t u;
+        memcpy(&u, &f, 4);
+        if (dtype == NBHD_FLOAT32) memcpy(p, &u, 4);
+        else {
+            const uint16_t h = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+            memcpy(p, &h, 2);
+        }
+    }
+}
+inline double get(const void *p, int64_t dtype) {
+    if (dtype == NBHD_FLOAT64) {
+        double x;
+        memcpy(&x, p, 8);
+        return x;
+    }
+    uint32_t u = 0;
+    if (dtype == NBHD_FLOAT32) memcpy(&u, p, 4);
+    else {
+        uint16_t h;
+        memcpy(&h, p, 2);
+        if (dtype == NBHD_FLOAT16) return from_half(h);
+        u = uint32_t(h) << 16;
+    }
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+// A tensor in memory of its own, exactly as large as its layout needs: what lies beyond is the sanitizer's to find.
+struct Stored {
+    std::vector<unsigned char> memory;
+    nbhd_tensor view{};
+    int64_t shape[6] = {}, dtype = 0;
+
+    // layout 0: dense heads-last; 1: heads first; 2: heads-last with gaps after every token's head
+    void make(const truth::Case &c, int64_t heads, int64_t channels, int64_t type, int layout) {
+        const int64_t s[6] = {c.batch, c.axis[0].length, c.axis[1].length, c.axis[2].length, heads, channels};
+        std::copy(s, s + 6, shape);
+        dtype = type;
+        const int heads_last[5] = {4, 3, 2, 1, 0}, heads_first[5] = {3, 2, 1, 4, 0};
+        int64_t step = channels + (layout == 2 ? 3 : 0), last = channels;
+        for (int i = 0; i < 5; i++) {
+            const int axis = layout == 1 ? heads_first[i] : heads_last[i];
+            view.stride[axis] = step;
+            last += (shape[axis] - 1) * step;
+            step *= shape[axis];
+        }
+        memory.assign(size_t(last) * element_size(dtype), 0xff); // NaN in every dtype
+        view.data = memory.data();
+    }
+    void *at(int64_t i) const { // i counts as in a dense heads-last tensor
+        int64_t offset = i % shape[5];
+        i /= shape[5];
+        for (int axis = 4; axis >= 0; i /= shape[axis--]) offset += i % shape[axis] * view.stride[axis];
+        return (unsigned char *)view.data + offset * int64_t(element_size(dtype));
+    }
+    void set(std::vector<double> &x) { // rounds x to what is stored
+        for (size_t i = 0; i < x.size(); i++) put(at(int64_t(i)), dtype, x[i]), x[i] = get(at(int64_t(i)), dtype);
+    }
+    std::vector<double> values(size_t n) const {
+        std::vector<double> x(n);
+        for (size_t i = 0; i < n; i++) x[i] = get(at(int64_t(i)), dtype);
+        return x;
+    }
+};
+
+struct Prepared {
+    truth::Case c;
+    truth::Tensors t;
+    int64_t dtype, real;
+    Stored query, key, value, out, d_out, d_query, d_key, d_value;
+    std::vector<unsigned char> lse, d_lse, bias, d_bias;
+    std::vector<int64_t> first[3], count[3];
+    nbhd_call call{};
+
+    static std::vector<unsigned char> stored(std::vector<double> &x, int64_t type) {
+        std::vector<unsigned char> m(x.size() * element_size(type));
+        for (size_t i = 0; i < x.size(); i++) put(&m[i * element_size(type)], type, x[i]), x[i] = get(&m[i * element_size(type)], type);
+        return m;
+    }
+
+    template <class Random> void make(const truth::Case &which, int64_t type, Random &random) {
+        c = which, dtype = type, real = type == NBHD_FLOAT64 ? NBHD_FLOAT64 : NBHD_FLOAT32;
+        std::normal_distribution<double> normal;
+        const auto fill = [&](std::vector<double> &x, int64_t n) {
+            x.resize(size_t(n));
+            for (double &v : x) v = normal(random);
+        };
+        const int64_t n = c.batch * c.positions();
+        fill(t.query, n * c.heads * c.dim), fill(t.key, n * c.kv_heads * c.dim), fill(t.value, n * c.kv_heads * c.dim_v);
+        fill(t.d_out, n * c.heads * c.dim_v), fill(t.d_lse, n * c.heads), fill(t.bias, c.bias ? c.bias_size() : 0);
+        const auto layout = [&] { return int(random() % 3); };
+        query.make(c, c.heads, c.dim, dtype, layout()), key.make(c, c.kv_heads, c.dim, dtype, layout());
+        value.make(c, c.kv_heads, c.dim_v, dtype, layout()), d_out.make(c, c.heads, c.dim_v, dtype, layout());
+        out.make(c, c.heads, c.dim_v, dtype, layout()), d_query.make(c, c.heads, c.dim, dtype, layout());
+        d_key.make(c, c.kv_heads, c.dim, dtype, layout()), d_value.make(c, c.kv_heads, c.dim_v, dtype, layout());
+        query.set(t.query), key.set(t.key), value.set(t.value), d_out.set(t.d_out);
+        d_lse = stored(t.d_lse, real), bias = stored(t.bias, real);
+        lse.assign(size_t(n * c.heads) * element_size(real), 0xff), d_bias.assign(bias.size(), 0xff);
+        call.size = sizeof call, call.dtype = dtype, call.batch = c.batch, call.heads = c.heads, call.kv_heads = c.kv_heads;
+        call.dim = c.dim, call.dim_v = c.dim_v, call.scale = c.scale, call.threads = 1;
+        for (int a = 0; a < 3; a++) {
+            call.length[a] = c.axis[a].length, call.kernel_size[a] = c.axis[a].kernel, call.dilation[a] = c.axis[a].dilation;
+            first[a].resize(size_t(c.axis[a].length)), count[a].resize(size_t(c.axis[a].length));
+            for (int64_t i = 0; i < c.axis[a].length; i++) c.axis[a].window(i, first[a][size_t(i)], count[a][size_t(i)]);
+            call.first[a] = first[a].data(), call.count[a] = count[a].data();
+        }
+        call.query = query.view, call.key = key.view, call.value = value.view, call.out = out.view, call.d_out = d_out.view;
+        call.d_query = d_query.view, call.d_key = d_key.view, call.d_value = d_value.view;
+        call.lse = lse.data(), call.d_lse = c.d_lse ? d_lse.data() : nullptr;
+        call.rel_pos_bias = c.bias ? bias.data() : nullptr, call.d_rel_pos_bias = c.bias ? d_bias.data() : nullptr;
+    }
+    std::vector<double> reals(const std::vector<unsigned char> &m) const {
+        std::vector<double> x(m.size() / element_size(real));
+        for (size_t i = 0; i < x.size(); i++) x[i] = get(&m[i * element_size(real)], real);
+        return x;
+    }
+};
