@@ -1,5 +1,5 @@
 // A checked call: what the kernels may rely on. Plain data, no inline functions of the standard library, because the
-// files that include this are compiled with different instruction sets (see HACKING.md).
+// files that include this are compiled with different instruction sets (see README.md).
 #pragma once
 #include <cstdint>
 

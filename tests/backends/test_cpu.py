@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -88,3 +92,89 @@ def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, bias):
         (ours_rms, ours_max), (plain_rms, plain_max) = error(o, t), error(p, t)
         assert ours_rms <= 2 * plain_rms + unit, what
         assert ours_max <= 8 * plain_max + 8 * unit, what  # no single element is off
+
+
+@pytest.mark.parametrize("name", ["stage3", "volume", "row-blocks", "column-blocks", "sequence"])
+def test_same_bits_at_any_thread_count(name):
+    arguments = inputs(CASES[name], torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(run(cpu, *arguments))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_strided_tensors_give_the_same_bits_as_dense_ones():
+    (query, key, value, bias), gradients, neighborhood = inputs(CASES["stage3"], torch.float32)
+
+    def heads_first(t):  # heads outside in memory, the same values
+        return t.movedim(-2, 1).contiguous().movedim(1, -2)
+
+    qkv = torch.cat([query, key, value], -1)  # the three side by side, as one product gives them
+    dense = run(cpu, (query, key, value, bias), gradients, neighborhood)
+    for tensors in (tuple(map(heads_first, (query, key, value))), qkv.split(query.shape[-1], -1)):
+        assert not any(t.is_contiguous() for t in tensors)
+        found = run(cpu, (*tensors, bias), gradients, neighborhood)
+        assert all(torch.equal(a, b) for a, b in zip(dense, found, strict=True))
+
+
+def test_expanded_gradient_is_read_by_its_strides():
+    tensors, (d_out, d_lse), neighborhood = inputs(CASES["window3"], torch.float32)
+    d_out = d_out[:1, :1, :1, :1].expand_as(d_out)
+    assert d_out.stride(0) == 0
+    found = run(cpu, tensors, (d_out, d_lse), neighborhood)
+    dense = run(cpu, tensors, (d_out.contiguous(), d_lse), neighborhood)
+    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_bad_key_spoils_the_queries_that_see_it_and_no_other(number):
+    (query, key, value, bias), _, neighborhood = inputs(CASES["prime-sides"], torch.float32, batch=1)
+    clean, _ = cpu.forward(query, key, value, bias, neighborhood, 0.25)
+    key, value = key.clone(), value.clone()
+    key[0, 8, 15], value[0, 8, 15] = number, number
+    out, lse = cpu.forward(query, key, value, bias, neighborhood, 0.25)
+    seen = torch.zeros(17, 31, dtype=torch.bool)
+    seen[6:11, 13:18] = True
+    assert not torch.isfinite(out[0][seen]).any()
+    assert torch.equal(out[0][~seen], clean[0][~seen]) and torch.isfinite(lse[0][~seen]).all()
+
+
+def test_large_scores_do_not_overflow():
+    (query, key, value, bias), _, neighborhood = inputs(CASES["stage3"], torch.float32)
+    out, lse = cpu.forward(query * 1e4, key, value, bias, neighborhood, 1.0)
+    truth, truth_lse = reference.forward(
+        (query * 1e4).double(), key.double(), value.double(), bias.double(), neighborhood, 1.0
+    )
+    assert torch.allclose(lse.double(), truth_lse, rtol=1e-5)
+    assert (out - truth).abs().mean() < 1e-2  # near ties may fall the other way
+
+
+def test_each_instruction_set_of_this_machine_agrees():
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from tests.backends.test_cpu import CASES, cpu, error, inputs, reference, run; import torch\n"
+        "reason = cpu.why_unusable()\n"
+        "if reason: print('none', reason); sys.exit()\n"
+        "a = inputs(CASES['dilated-odd-channels'], torch.float32)\n"
+        "pairs = zip(run(cpu, *a), run(reference, *a, torch.float64))\n"
+        "print(cpu.description().split(',')[0], max(error(o, t)[0] for o, t in pairs))"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    ran = []
+    for name in ("avx512", "avx2", "baseline", "neon"):
+        environment = {**os.environ, "NBHD_CPU_ISA": name}
+        command = [sys.executable, "-c", program, root]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, check=True)
+        found, rest = done.stdout.split(" ", 1)
+        if found == "none":
+            assert f"NBHD_CPU_ISA={name!r}" in rest
+            continue
+        assert found == name and float(rest) < 1e-6
+        ran.append(name)
+    assert ran
