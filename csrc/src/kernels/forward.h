@@ -133,7 +133,7 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                         pack_transposed(key.at(kz, ky, b.key_begin[2] + x, h), key.x, n, p.dim, f.keys.row(local, slot) + x, f.keys.pitch,
                                         Real(1));
                         pack_rows(value.at(kz, ky, b.key_begin[2] + x, h), value.x, n, p.dim_v,
-                                  f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) + x * round_up(p.dim_v), Real(1));
+                                  f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) + (int64_t)x * round_up(p.dim_v), Real(1));
                     }
                 pack_pairs_of(f.keys, slot, f.columns, f.tiles);
             });

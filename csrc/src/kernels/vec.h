@@ -141,7 +141,7 @@ NBHD_INLINE Vec log2(Vec x) {
     }
     const Vec r = fma(p * t, splat(Real(2.8853900817779268)), e);
     const Vec nan = splat(Real(__builtin_nan("")));
-    return (x > splat(Real(0))) & (x < splat(Real(__builtin_inf()))) ? r : nan;
+    return ((x > splat(Real(0))) & (x < splat(Real(__builtin_inf())))) ? r : nan;
 }
 
 // Element i of a two-vector shuffle is taken from `a` (index below lanes) or `b`; the index is a constant expression in i.
