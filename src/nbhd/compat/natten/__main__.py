@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -37,18 +38,22 @@ def main(arguments: list[str] | None = None) -> None:
     if options.module:
         sys.argv = [program, *rest]
         sys.path[0] = os.getcwd()
-        try:
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
-        except ImportError as error:
-            if error.name == program:
-                run.error(str(error))
-            raise
+        if not _exists(program):
+            run.error(f"there is no module {program!r}")
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
         return
     if not os.path.exists(program):
         run.error(f"there is no file {program!r}")
     sys.argv = [program, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(program))
     runpy.run_path(program, run_name="__main__")
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 if __name__ == "__main__":

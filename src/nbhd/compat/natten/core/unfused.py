@@ -49,6 +49,8 @@ def scores(
             f"The bias has {rpb.shape[0]} heads, query has {query.shape[1]} in shape {tuple(query.shape)}. If query is "
             f"heads last, move its heads: .movedim(-2, 1)."
         )
+    if additional_keys is not None:
+        _check_additional(signature, "additional_keys", additional_keys, query)
     query, key = autocast(query, key)
     try:
         found = attention_scores(
@@ -66,7 +68,6 @@ def scores(
     found = found.movedim(-2, 1)
     if additional_keys is None:
         return found.contiguous()
-    _check_additional(signature, "additional_keys", additional_keys, query)
     (additional_keys,) = autocast(additional_keys)
     extra = torch.matmul(query.flatten(2, -2), additional_keys.transpose(-1, -2))
     return torch.cat([found, extra.unflatten(2, query.shape[2:-1])], -1)
