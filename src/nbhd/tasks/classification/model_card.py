@@ -20,7 +20,7 @@ def model_card(
     data, schedule = recipe.data, recipe.schedule
     name = data.name or "the training data"
     hours = history[-1]["seconds"] / 3600 if history else 0.0
-    hardware = ", ".join(facts["gpus"]) or f"{facts['threads']} threads of {facts['cpu']}"
+    hardware = ", ".join(facts["gpus"]) or f"{facts['processes']} x {facts['threads']} threads of {facts['cpu']}"
     sizes = " -> ".join(str(size) for _, size in schedule.image_sizes or [[0, data.image_size]])
     keep = (
         f"short side to {round(data.image_size / data.crop_ratio)}, centre crop"
