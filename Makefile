@@ -2,7 +2,8 @@
 #
 #   make demo     classify a handful of photographs, offline
 #   make test     the tests
-#   make check    lint, format, types, import contracts, C++
+#   make check    lint, format, types, import contracts; C++ format, sanitizers
+#   make native   the C++ core alone, with its tests
 #   make wheel    the wheel and the source distribution, in dist/
 #   make bench    time the operator against its peers
 #
@@ -33,17 +34,18 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 	$(BIN)/python csrc/tests/check.py
 
+# The core alone, and its own tests: every option against loops, 10,000 random geometries, hostile arguments, threads.
 native: $(VENV)/.dev
 	$(BIN)/cmake -S . -B build/cpu -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release
 	$(BIN)/cmake --build build/cpu
+	$(BIN)/ctest --test-dir build/cpu --output-on-failure
 
 wheel: $(VENV)/.dev
-	$(PIP) build
 	rm -rf dist
 	$(BIN)/python -m build --installer pip
-	$(BIN)/python -m zipfile -l dist/*.whl | tail -n +2 | wc -l
 	ls -l dist
 
 bench: $(VENV)/.dev
@@ -52,6 +54,7 @@ bench: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
 # PyTorch goes in first and alone: asked for together with others, pip may prefer a larger build of it.
 $(VENV)/.torch: constraints.txt

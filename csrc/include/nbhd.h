@@ -29,13 +29,13 @@ extern "C" {
 
 enum {
     NBHD_OK = 0,
-    NBHD_BAD_STRUCT = 1,    /* null, or a size this library does not know */
+    NBHD_BAD_STRUCT = 1, /* null, or a size this library does not know */
     NBHD_BAD_DTYPE = 2,
-    NBHD_BAD_SHAPE = 3,     /* a length, head count or channel count out of range */
-    NBHD_BAD_GEOMETRY = 4,  /* an axis table with an interval outside the axis, or out of order */
-    NBHD_BAD_POINTER = 5,   /* a required pointer is null or misaligned for its type */
+    NBHD_BAD_SHAPE = 3,    /* a length, head count or channel count out of range */
+    NBHD_BAD_GEOMETRY = 4, /* an axis table with an interval outside the axis, or out of order */
+    NBHD_BAD_POINTER = 5,  /* a required pointer is null or misaligned for its type */
     NBHD_OUT_OF_MEMORY = 6,
-    NBHD_UNSUPPORTED = 7    /* no kernels for this machine, or a struct field from the future is in use */
+    NBHD_UNSUPPORTED = 7 /* no kernels for this machine, or a struct field from the future is in use */
 };
 
 enum { NBHD_FLOAT32 = 0, NBHD_BFLOAT16 = 1, NBHD_FLOAT16 = 2, NBHD_FLOAT64 = 3 };
@@ -60,12 +60,12 @@ typedef struct nbhd_call {
     const int64_t *first[3], *count[3];
     double scale;
     nbhd_tensor query, key, value, out; /* out: written by the forward, not read by the backward */
-    void *lse;                          /* real [batch, Z, Y, X, heads], dense; written by the forward, read by the backward */
-    const void *rel_pos_bias;           /* real [heads, 2 kz - 1, 2 ky - 1, 2 kx - 1], dense, or null */
+    void *lse;                /* real [batch, Z, Y, X, heads], dense; written by the forward, read by the backward */
+    const void *rel_pos_bias; /* real [heads, 2 kz - 1, 2 ky - 1, 2 kx - 1], dense, or null */
     /* the backward only */
     nbhd_tensor d_out, d_query, d_key, d_value;
-    const void *d_lse;                  /* like lse, or null */
-    void *d_rel_pos_bias;               /* like rel_pos_bias, written; or null */
+    const void *d_lse;    /* like lse, or null */
+    void *d_rel_pos_bias; /* like rel_pos_bias, written; or null */
     /* threads: parallel_for of the host (null: threads of the library's own), at most `threads` at once */
     nbhd_parallel_for parallel_for;
     int64_t threads;
@@ -75,7 +75,7 @@ NBHD_API int32_t nbhd_forward(const nbhd_call *call);
 NBHD_API int32_t nbhd_backward(const nbhd_call *call);
 
 NBHD_API int32_t nbhd_abi_version(void);
-NBHD_API const char *nbhd_isa(void);                 /* the instruction set in use: "avx512", "avx2", "baseline", "neon" or "none" */
+NBHD_API const char *nbhd_isa(void); /* the instruction set in use: "avx512", "avx2", "baseline", "neon" or "none" */
 NBHD_API const char *nbhd_status_text(int32_t status);
 
 #ifdef __cplusplus

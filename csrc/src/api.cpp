@@ -11,7 +11,7 @@
 namespace nbhd {
 namespace {
 
-constexpr int64_t most = int64_t(1) << 30;     // of any one length; products are checked on their own
+constexpr int64_t most = int64_t(1) << 30;        // of any one length; products are checked on their own
 constexpr int64_t most_window = int64_t(1) << 26; // slots of a window: a row of scores has to fit memory
 
 // Interval tables in places of the dilation groups, all axes.
@@ -72,7 +72,8 @@ int32_t check_shape(const nbhd_call &c) {
         if (!c.first[a] || !c.count[a]) return NBHD_BAD_POINTER;
     }
     const int64_t d = c.dim > c.dim_v ? c.dim : c.dim_v;
-    if (!product_fits({c.batch > 0 ? c.batch : 1, c.length[0], c.length[1], c.length[2], c.heads, d}, int64_t(1) << 48)) return NBHD_BAD_SHAPE;
+    if (!product_fits({c.batch > 0 ? c.batch : 1, c.length[0], c.length[1], c.length[2], c.heads, d}, int64_t(1) << 48))
+        return NBHD_BAD_SHAPE;
     if (!product_fits({c.kernel_size[0], c.kernel_size[1], c.kernel_size[2]}, most_window)) return NBHD_BAD_SHAPE;
     if (!(c.scale == c.scale) || c.scale - c.scale != 0) return NBHD_BAD_SHAPE;
     return NBHD_OK;
@@ -105,13 +106,16 @@ int32_t run(const nbhd_call *call, bool backward) {
     const nbhd_call &c = *call;
     if (c.dtype < NBHD_FLOAT32 || c.dtype > NBHD_FLOAT64) return NBHD_BAD_DTYPE;
     if (const int32_t status = check_shape(c)) return status;
-    const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4, element = c.dtype == NBHD_FLOAT64 ? 8 : c.dtype == NBHD_FLOAT32 ? 4 : 2;
+    const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4, element = c.dtype == NBHD_FLOAT64   ? 8
+                                                                   : c.dtype == NBHD_FLOAT32 ? 4
+                                                                                             : 2;
     if (c.batch > 0) {
-        if (!aligned(c.query.data, element) || !aligned(c.key.data, element) || !aligned(c.value.data, element) || !aligned(c.lse, real))
+        if (!aligned(c.query.data, element) || !aligned(c.key.data, element) || !aligned(c.value.data, element) ||
+            !aligned(c.lse, real))
             return NBHD_BAD_POINTER;
         if (!backward && !aligned(c.out.data, element)) return NBHD_BAD_POINTER;
-        if (backward && (!aligned(c.d_out.data, element) || !aligned(c.d_query.data, element) || !aligned(c.d_key.data, element) ||
-                         !aligned(c.d_value.data, element)))
+        if (backward && (!aligned(c.d_out.data, element) || !aligned(c.d_query.data, element) ||
+                         !aligned(c.d_key.data, element) || !aligned(c.d_value.data, element)))
             return NBHD_BAD_POINTER;
     }
     if (c.rel_pos_bias && !aligned(c.rel_pos_bias, real)) return NBHD_BAD_POINTER;
@@ -127,12 +131,14 @@ int32_t run(const nbhd_call *call, bool backward) {
     p.dtype = Dtype(c.dtype), p.batch = c.batch;
     p.heads = int(c.heads), p.kv_heads = int(c.kv_heads), p.dim = int(c.dim), p.dim_v = int(c.dim_v);
     for (int a = 0; a < 3; a++)
-        p.axis[a] = Axis{int(c.length[a]), int(c.kernel_size[a]), int(c.dilation[a]), tables.first[a].data(), tables.count[a].data()};
+        p.axis[a] = Axis{int(c.length[a]), int(c.kernel_size[a]), int(c.dilation[a]), tables.first[a].data(),
+                         tables.count[a].data()};
     p.scale = c.scale, p.cache_bytes = cache_bytes();
     p.query = tensor(c.query), p.key = tensor(c.key), p.value = tensor(c.value), p.out = tensor(c.out);
     p.lse = c.lse, p.bias = c.rel_pos_bias;
     if (backward) {
-        p.d_out = tensor(c.d_out), p.d_query = tensor(c.d_query), p.d_key = tensor(c.d_key), p.d_value = tensor(c.d_value);
+        p.d_out = tensor(c.d_out), p.d_query = tensor(c.d_query), p.d_key = tensor(c.d_key),
+        p.d_value = tensor(c.d_value);
         p.d_lse = c.d_lse, p.d_bias = c.d_rel_pos_bias;
     }
     const InstructionSet *set = instruction_set();
@@ -142,16 +148,16 @@ int32_t run(const nbhd_call *call, bool backward) {
         return NBHD_OK;
     }
     const Kernels &kernels = p.dtype == Dtype::float64 ? *set->f64 : *set->f32;
-    const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1 ? 1 : c.threads > 1024 ? 1024 : c.threads};
+    const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1      ? 1
+                                                                    : c.threads > 1024 ? 1024
+                                                                                       : c.threads};
     return (backward ? kernels.backward : kernels.forward)(p, threads) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
 }
 
 int32_t guarded(const nbhd_call *call, bool backward) noexcept {
     try {
         return run(call, backward);
-    } catch (const std::bad_alloc &) {
-        return NBHD_OUT_OF_MEMORY;
-    } catch (...) {
+    } catch (const std::bad_alloc &) { return NBHD_OUT_OF_MEMORY; } catch (...) {
         return NBHD_UNSUPPORTED;
     }
 }

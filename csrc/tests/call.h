@@ -107,11 +107,13 @@ struct Prepared {
 
     static std::vector<unsigned char> stored(std::vector<double> &x, int64_t type) {
         std::vector<unsigned char> m(x.size() * element_size(type));
-        for (size_t i = 0; i < x.size(); i++) put(&m[i * element_size(type)], type, x[i]), x[i] = get(&m[i * element_size(type)], type);
+        for (size_t i = 0; i < x.size(); i++)
+            put(&m[i * element_size(type)], type, x[i]), x[i] = get(&m[i * element_size(type)], type);
         return m;
     }
 
-    template <class Random> void make(const truth::Case &which, int64_t type, Random &random) {
+    template <class Random>
+    void make(const truth::Case &which, int64_t type, Random &random) {
         c = which, dtype = type, real = type == NBHD_FLOAT64 ? NBHD_FLOAT64 : NBHD_FLOAT32;
         std::normal_distribution<double> normal;
         const auto fill = [&](std::vector<double> &x, int64_t n) {
@@ -119,7 +121,8 @@ struct Prepared {
             for (double &v : x) v = normal(random);
         };
         const int64_t n = c.batch * c.positions();
-        fill(t.query, n * c.heads * c.dim), fill(t.key, n * c.kv_heads * c.dim), fill(t.value, n * c.kv_heads * c.dim_v);
+        fill(t.query, n * c.heads * c.dim), fill(t.key, n * c.kv_heads * c.dim),
+            fill(t.value, n * c.kv_heads * c.dim_v);
         fill(t.d_out, n * c.heads * c.dim_v), fill(t.d_lse, n * c.heads), fill(t.bias, c.bias ? c.bias_size() : 0);
         const auto layout = [&] { return int(random() % 3); };
         query.make(c, c.heads, c.dim, dtype, layout()), key.make(c, c.kv_heads, c.dim, dtype, layout());
@@ -129,15 +132,19 @@ struct Prepared {
         query.set(t.query), key.set(t.key), value.set(t.value), d_out.set(t.d_out);
         d_lse = stored(t.d_lse, real), bias = stored(t.bias, real);
         lse.assign(size_t(n * c.heads) * element_size(real), 0xff), d_bias.assign(bias.size(), 0xff);
-        call.size = sizeof call, call.dtype = dtype, call.batch = c.batch, call.heads = c.heads, call.kv_heads = c.kv_heads;
+        call.size = sizeof call, call.dtype = dtype, call.batch = c.batch, call.heads = c.heads,
+        call.kv_heads = c.kv_heads;
         call.dim = c.dim, call.dim_v = c.dim_v, call.scale = c.scale, call.threads = 1;
         for (int a = 0; a < 3; a++) {
-            call.length[a] = c.axis[a].length, call.kernel_size[a] = c.axis[a].kernel, call.dilation[a] = c.axis[a].dilation;
+            call.length[a] = c.axis[a].length, call.kernel_size[a] = c.axis[a].kernel,
+            call.dilation[a] = c.axis[a].dilation;
             first[a].resize(size_t(c.axis[a].length)), count[a].resize(size_t(c.axis[a].length));
-            for (int64_t i = 0; i < c.axis[a].length; i++) c.axis[a].window(i, first[a][size_t(i)], count[a][size_t(i)]);
+            for (int64_t i = 0; i < c.axis[a].length; i++)
+                c.axis[a].window(i, first[a][size_t(i)], count[a][size_t(i)]);
             call.first[a] = first[a].data(), call.count[a] = count[a].data();
         }
-        call.query = query.view, call.key = key.view, call.value = value.view, call.out = out.view, call.d_out = d_out.view;
+        call.query = query.view, call.key = key.view, call.value = value.view, call.out = out.view,
+        call.d_out = d_out.view;
         call.d_query = d_query.view, call.d_key = d_key.view, call.d_value = d_value.view;
         call.lse = lse.data(), call.d_lse = c.d_lse ? d_lse.data() : nullptr;
         call.rel_pos_bias = c.bias ? bias.data() : nullptr, call.d_rel_pos_bias = c.bias ? d_bias.data() : nullptr;

@@ -70,8 +70,9 @@ int main(int argc, char **argv) {
         p.call.threads = between(random, 1, 3);
         int32_t status = nbhd_forward(&p.call);
         if (!status) status = nbhd_backward(&p.call);
-        const std::vector<double> ours[] = {p.out.values(p.t.out.size()), p.reals(p.lse), p.d_query.values(p.t.d_query.size()),
-                                            p.d_key.values(p.t.d_key.size()), p.d_value.values(p.t.d_value.size()), p.reals(p.d_bias)};
+        const std::vector<double> ours[] = {p.out.values(p.t.out.size()),         p.reals(p.lse),
+                                            p.d_query.values(p.t.d_query.size()), p.d_key.values(p.t.d_key.size()),
+                                            p.d_value.values(p.t.d_value.size()), p.reals(p.d_bias)};
         const std::vector<double> *truths[] = {&p.t.out, &p.t.lse, &p.t.d_query, &p.t.d_key, &p.t.d_value, &p.t.d_bias};
         for (int k = 0; k < 6; k++) {
             // the log-sum-exp and the bias gradient, a sum over all queries, stay in Real whatever the tensors are
@@ -82,17 +83,19 @@ int main(int argc, char **argv) {
             const double off = status ? INFINITY : deviation(ours[k], *truths[k], least);
             worst[dtype][k] = std::max(worst[dtype][k], off);
             if (off <= allowed) continue;
-            printf("case %ld: %s off by %g (status %d), dtype %d, threads %d, batch %d, heads %d/%d, dim %d/%d, bias %d, d_lse %d\n", i, names[k],
-                   off, status, int(dtype), int(p.call.threads), int(c.batch), int(c.heads), int(c.kv_heads), int(c.dim), int(c.dim_v), c.bias,
-                   c.d_lse);
+            printf("case %ld: %s off by %g (status %d), dtype %d, threads %d, batch %d, heads %d/%d, dim %d/%d, bias "
+                   "%d, d_lse %d\n",
+                   i, names[k], off, status, int(dtype), int(p.call.threads), int(c.batch), int(c.heads),
+                   int(c.kv_heads), int(c.dim), int(c.dim_v), c.bias, c.d_lse);
             for (const truth::Axis &a : c.axis)
-                printf("  length %d kernel %d stride %d dilation %d causal %d\n", int(a.length), int(a.kernel), int(a.stride), int(a.dilation), a.causal);
+                printf("  length %d kernel %d stride %d dilation %d causal %d\n", int(a.length), int(a.kernel),
+                       int(a.stride), int(a.dilation), a.causal);
             return 1;
         }
     }
     printf("%s: %ld cases\n", nbhd_isa(), cases);
     for (int d = 0; d < 4; d++)
-        printf("  dtype %d worst: out %.1e lse %.1e dq %.1e dk %.1e dv %.1e db %.1e\n", d, worst[d][0], worst[d][1], worst[d][2], worst[d][3], worst[d][4],
-               worst[d][5]);
+        printf("  dtype %d worst: out %.1e lse %.1e dq %.1e dk %.1e dv %.1e db %.1e\n", d, worst[d][0], worst[d][1],
+               worst[d][2], worst[d][3], worst[d][4], worst[d][5]);
     return 0;
 }

@@ -22,7 +22,8 @@ truth::Case small() {
 }
 
 // Both passes with one thing changed.
-void refuse(int32_t wanted, const char *what, const std::function<void(Prepared &)> &change, bool backward_only = false) {
+void refuse(int32_t wanted, const char *what, const std::function<void(Prepared &)> &change,
+            bool backward_only = false) {
     std::mt19937_64 random(1);
     Prepared p;
     p.make(small(), NBHD_FLOAT32, random);
@@ -41,7 +42,8 @@ int main() {
     const int64_t huge = INT64_MAX, least = INT64_MIN;
     for (int64_t size : {int64_t(0), int64_t(8), int64_t(sizeof(nbhd_call)) - 8, least, huge})
         refuse(NBHD_BAD_STRUCT, "size", [=](Prepared &p) { p.call.size = size; });
-    for (int64_t dtype : {int64_t(-1), int64_t(4), huge}) refuse(NBHD_BAD_DTYPE, "dtype", [=](Prepared &p) { p.call.dtype = dtype; });
+    for (int64_t dtype : {int64_t(-1), int64_t(4), huge})
+        refuse(NBHD_BAD_DTYPE, "dtype", [=](Prepared &p) { p.call.dtype = dtype; });
     for (int64_t n : {int64_t(0), int64_t(-1), least, huge}) {
         refuse(NBHD_BAD_SHAPE, "heads", [=](Prepared &p) { p.call.heads = n; });
         refuse(NBHD_BAD_SHAPE, "kv_heads", [=](Prepared &p) { p.call.kv_heads = n; });
@@ -49,8 +51,10 @@ int main() {
         refuse(NBHD_BAD_SHAPE, "dim_v", [=](Prepared &p) { p.call.dim_v = n; });
         for (int a = 0; a < 3; a++) {
             refuse(NBHD_BAD_SHAPE, "length", [=](Prepared &p) { p.call.length[a] = n; });
-            refuse(n > 0 ? NBHD_BAD_GEOMETRY : NBHD_BAD_SHAPE, "kernel_size", [=](Prepared &p) { p.call.kernel_size[a] = n; });
-            refuse(n > 0 ? NBHD_BAD_GEOMETRY : NBHD_BAD_SHAPE, "dilation", [=](Prepared &p) { p.call.dilation[a] = n; });
+            refuse(n > 0 ? NBHD_BAD_GEOMETRY : NBHD_BAD_SHAPE, "kernel_size",
+                   [=](Prepared &p) { p.call.kernel_size[a] = n; });
+            refuse(n > 0 ? NBHD_BAD_GEOMETRY : NBHD_BAD_SHAPE, "dilation",
+                   [=](Prepared &p) { p.call.dilation[a] = n; });
         }
     }
     refuse(NBHD_BAD_SHAPE, "batch", [=](Prepared &p) { p.call.batch = -1; });
@@ -59,7 +63,8 @@ int main() {
     refuse(NBHD_BAD_SHAPE, "scale NaN", [](Prepared &p) { p.call.scale = NAN; });
     refuse(NBHD_BAD_SHAPE, "scale infinite", [](Prepared &p) { p.call.scale = INFINITY; });
     refuse(NBHD_BAD_SHAPE, "more elements than an address space", [](Prepared &p) {
-        for (int a = 0; a < 3; a++) p.call.length[a] = int64_t(1) << 30, p.call.kernel_size[a] = 1, p.call.dilation[a] = 1;
+        for (int a = 0; a < 3; a++)
+            p.call.length[a] = int64_t(1) << 30, p.call.kernel_size[a] = 1, p.call.dilation[a] = 1;
     });
     for (int a = 0; a < 3; a++) {
         refuse(NBHD_BAD_POINTER, "no table", [=](Prepared &p) { p.call.first[a] = nullptr; });
@@ -78,12 +83,14 @@ int main() {
     const auto tensors = {&nbhd_call::query, &nbhd_call::key, &nbhd_call::value};
     for (auto tensor : tensors) {
         refuse(NBHD_BAD_POINTER, "null tensor", [=](Prepared &p) { (p.call.*tensor).data = nullptr; });
-        refuse(NBHD_BAD_POINTER, "misaligned tensor", [=](Prepared &p) { (p.call.*tensor).data = (char *)(p.call.*tensor).data + 1; });
+        refuse(NBHD_BAD_POINTER, "misaligned tensor",
+               [=](Prepared &p) { (p.call.*tensor).data = (char *)(p.call.*tensor).data + 1; });
     }
     for (auto tensor : {&nbhd_call::d_out, &nbhd_call::d_query, &nbhd_call::d_key, &nbhd_call::d_value})
         refuse(NBHD_BAD_POINTER, "null gradient", [=](Prepared &p) { (p.call.*tensor).data = nullptr; }, true);
     refuse(NBHD_BAD_POINTER, "null lse", [](Prepared &p) { p.call.lse = nullptr; });
-    refuse(NBHD_BAD_POINTER, "misaligned bias", [](Prepared &p) { p.call.rel_pos_bias = (const char *)p.call.rel_pos_bias + 2; });
+    refuse(NBHD_BAD_POINTER, "misaligned bias",
+           [](Prepared &p) { p.call.rel_pos_bias = (const char *)p.call.rel_pos_bias + 2; });
     refuse(NBHD_BAD_POINTER, "bias gradient without bias", [](Prepared &p) { p.call.rel_pos_bias = nullptr; }, true);
 
     // accepted: a larger struct whose unknown fields are zero, no image at all, a mad thread count, a host that does nothing

@@ -30,26 +30,31 @@ int main() {
             if (which == 1) c.axis[1].dilation = 2, c.axis[2].dilation = 3;
             if (which == 2) c.axis[0].length = 13, c.axis[0].kernel = 3, c.axis[1].length = 12, c.axis[2].length = 9;
             if (which == 4) c.axis[1].causal = true, c.axis[2].stride = 2;
-            c.heads = 2, c.kv_heads = which == 4 ? 1 : 2, c.dim = 12, c.dim_v = 16, c.bias = true, c.batch = 2, c.scale = 0.3;
+            c.heads = 2, c.kv_heads = which == 4 ? 1 : 2, c.dim = 12, c.dim_v = 16, c.bias = true, c.batch = 2,
+            c.scale = 0.3;
             std::mt19937_64 random(uint64_t(which + 1));
             Prepared p;
             p.make(c, dtype, random);
             const Result once = run(p, 1);
             for (int64_t threads : {1, 2, 3, 7})
-                if (once.out.empty() || run(p, threads) != once) printf("case %d dtype %d: %d threads differ\n", which, int(dtype), int(threads)), failures++;
+                if (once.out.empty() || run(p, threads) != once)
+                    printf("case %d dtype %d: %d threads differ\n", which, int(dtype), int(threads)), failures++;
             // two callers at once, each with threads
             Prepared a = p, b = p;
             for (Prepared *q : {&a, &b}) { // the copies own their memory, the calls must point there
-                q->call.query.data = q->query.memory.data(), q->call.key.data = q->key.memory.data(), q->call.value.data = q->value.memory.data();
+                q->call.query.data = q->query.memory.data(), q->call.key.data = q->key.memory.data(),
+                q->call.value.data = q->value.memory.data();
                 q->call.out.data = q->out.memory.data(), q->call.d_out.data = q->d_out.memory.data();
                 q->call.d_query.data = q->d_query.memory.data(), q->call.d_key.data = q->d_key.memory.data();
-                q->call.d_value.data = q->d_value.memory.data(), q->call.lse = q->lse.data(), q->call.d_rel_pos_bias = q->d_bias.data();
+                q->call.d_value.data = q->d_value.memory.data(), q->call.lse = q->lse.data(),
+                q->call.d_rel_pos_bias = q->d_bias.data();
             }
             Result ra, rb;
             std::thread other([&] { ra = run(a, 2); });
             rb = run(b, 2);
             other.join();
-            if (ra != once || rb != once) printf("case %d dtype %d: calls at the same time differ\n", which, int(dtype)), failures++;
+            if (ra != once || rb != once)
+                printf("case %d dtype %d: calls at the same time differ\n", which, int(dtype)), failures++;
         }
     if (!failures) printf("ok\n");
     return failures != 0;

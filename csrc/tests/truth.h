@@ -38,7 +38,9 @@ struct Case {
     bool bias = false, d_lse = false;
 
     int64_t positions() const { return axis[0].length * axis[1].length * axis[2].length; }
-    int64_t bias_size() const { return heads * (2 * axis[0].kernel - 1) * (2 * axis[1].kernel - 1) * (2 * axis[2].kernel - 1); }
+    int64_t bias_size() const {
+        return heads * (2 * axis[0].kernel - 1) * (2 * axis[1].kernel - 1) * (2 * axis[2].kernel - 1);
+    }
 };
 
 struct Tensors {
@@ -46,16 +48,21 @@ struct Tensors {
 };
 
 // Visits every key of query (z, y, x): visit(key position, index into one head's bias table).
-template <class Visit> void for_each_key(const Case &c, const int64_t *at, Visit visit) {
+template <class Visit>
+void for_each_key(const Case &c, const int64_t *at, Visit visit) {
     int64_t first[3], count[3];
     for (int a = 0; a < 3; a++) c.axis[a].window(at[a], first[a], count[a]);
-    const auto relative = [&](int a, int64_t key) { return (key / c.axis[a].dilation) - at[a] / c.axis[a].dilation + c.axis[a].kernel - 1; };
+    const auto relative = [&](int a, int64_t key) {
+        return (key / c.axis[a].dilation) - at[a] / c.axis[a].dilation + c.axis[a].kernel - 1;
+    };
     for (int64_t i = 0; i < count[0]; i++)
         for (int64_t j = 0; j < count[1]; j++)
             for (int64_t k = 0; k < count[2]; k++) {
-                const int64_t z = first[0] + i * c.axis[0].dilation, y = first[1] + j * c.axis[1].dilation, x = first[2] + k * c.axis[2].dilation;
+                const int64_t z = first[0] + i * c.axis[0].dilation, y = first[1] + j * c.axis[1].dilation,
+                              x = first[2] + k * c.axis[2].dilation;
                 visit((z * c.axis[1].length + y) * c.axis[2].length + x,
-                      (relative(0, z) * (2 * c.axis[1].kernel - 1) + relative(1, y)) * (2 * c.axis[2].kernel - 1) + relative(2, x));
+                      (relative(0, z) * (2 * c.axis[1].kernel - 1) + relative(1, y)) * (2 * c.axis[2].kernel - 1) +
+                          relative(2, x));
             }
 }
 
@@ -69,7 +76,8 @@ inline void run(const Case &c, Tensors &t) {
     std::vector<int64_t> keys, places;
     for (int64_t b = 0; b < c.batch; b++)
         for (int64_t i = 0; i < n; i++) {
-            const int64_t at[3] = {i / (c.axis[1].length * c.axis[2].length), i / c.axis[2].length % c.axis[1].length, i % c.axis[2].length};
+            const int64_t at[3] = {i / (c.axis[1].length * c.axis[2].length), i / c.axis[2].length % c.axis[1].length,
+                                   i % c.axis[2].length};
             keys.clear(), places.clear();
             for_each_key(c, at, [&](int64_t key, int64_t place) { keys.push_back(key), places.push_back(place); });
             for (int64_t h = 0; h < c.heads; h++) {
@@ -90,7 +98,8 @@ inline void run(const Case &c, Tensors &t) {
                     const double *v = &t.value[kv_at(j) * c.dim_v];
                     double *dv = &t.d_value[kv_at(j) * c.dim_v];
                     s[j] = std::exp(s[j] - t.lse[q_at]);
-                    for (int64_t e = 0; e < c.dim_v; e++) t.out[q_at * c.dim_v + e] += s[j] * v[e], dp[j] += g[e] * v[e], dv[e] += s[j] * g[e];
+                    for (int64_t e = 0; e < c.dim_v; e++)
+                        t.out[q_at * c.dim_v + e] += s[j] * v[e], dp[j] += g[e] * v[e], dv[e] += s[j] * g[e];
                     delta += s[j] * dp[j];
                 }
                 for (size_t j = 0; j < keys.size(); j++) {

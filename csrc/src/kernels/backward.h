@@ -14,7 +14,7 @@ constexpr int backward_transposed = 2, backward_rows = 3; // K and V transposed;
 struct BackwardBuffers {
     Ring ring;
     PackedKeys keys, values;
-    Real *key_rows_copy, *d_keys, *d_values;       // [head][slot][key][channel]
+    Real *key_rows_copy, *d_keys, *d_values; // [head][slot][key][channel]
     int64_t key_head, value_head;
     ColumnTile *columns;
     ColumnTiles tiles;
@@ -49,15 +49,16 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
 }
 
-template <class T> struct BackwardViews {
+template <class T>
+struct BackwardViews {
     View<const T> query, key, value, d_out;
     View<T> d_query;
     View<Real> lse, d_lse;
 };
 
 // Weights, score gradients and the bias gradient of query row r.
-static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r, bool holes, Vec lse,
-                             Vec d_lse, int local_head, Real *d_bias) {
+static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r,
+                             bool holes, Vec lse, Vec d_lse, int local_head, Real *d_bias) {
     const int slots = p.window(), kernel = p.axis[2].kernel;
     Real *s = f.scores + (int64_t)r * slots * lanes, *d = f.d_scores + (int64_t)r * slots * lanes;
     if (holes) fill_holes(s, t, r, c, p, nothing), fill_holes(d, t, r, c, p, Real(0));
@@ -79,12 +80,13 @@ static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile
     for (int z = 0; z < t.z_count; z++)
         for (int y = 0; y < t.y_count[r]; y++)
             scatter_bias(c, d + ((int64_t)z * kernel * ky + y) * lanes, ky * lanes, kernel,
-                         d_bias + ((int64_t)local_head * f.bias.rows + bias_row + z * bias_rows_y + y) * f.bias.columns);
+                         d_bias +
+                             ((int64_t)local_head * f.bias.rows + bias_row + z * bias_rows_y + y) * f.bias.columns);
 }
 
 template <class T>
-static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t, const ColumnTile &c,
-                          int local_kv_head, int head, int local_head, Real *d_bias) {
+static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t,
+                          const ColumnTile &c, int local_kv_head, int head, int local_head, Real *d_bias) {
     const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v);
     const bool holes = has_holes(t, c, p);
     for (int i = 0; i < c.runs; i++)
@@ -95,8 +97,10 @@ static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardB
         const Real *q_token[lanes] = {}, *g_token[lanes] = {};
         for (int i = 0; i < c.runs; i++) {
             const Run &run = c.run[i];
-            pack_rows(v.query.at(t.z, t.y + r, run.x, head), v.query.x, run.n, p.dim, q + run.index * width, Real(p.scale) * log2_e);
-            pack_rows(v.d_out.at(t.z, t.y + r, run.x, head), v.d_out.x, run.n, p.dim_v, g + run.index * width_v, Real(1));
+            pack_rows(v.query.at(t.z, t.y + r, run.x, head), v.query.x, run.n, p.dim, q + run.index * width,
+                      Real(p.scale) * log2_e);
+            pack_rows(v.d_out.at(t.z, t.y + r, run.x, head), v.d_out.x, run.n, p.dim_v, g + run.index * width_v,
+                      Real(1));
         }
         for (int i = 0; i < c.n; i++) q_token[c.lane[i]] = q + i * width, g_token[c.lane[i]] = g + i * width_v;
         pack_lanes(q_token, p.dim, f.query + r * p.dim * lanes, Real(1));
@@ -106,7 +110,8 @@ static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardB
     tile_scores(p, t, c, f.values, local_kv_head, f.d_out, nullptr, 0, f.d_scores, nullptr);
     for (int r = 0; r < t.n; r++) {
         Vec lse = splat(Real(1e30)), d_lse{}; // idle lanes: weights of zero
-        const Real *l = v.lse.at(t.z, t.y + r, 0, head), *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
+        const Real *l = v.lse.at(t.z, t.y + r, 0, head),
+                   *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
         for (int i = 0; i < c.n; i++) {
             lse[c.lane[i]] = l[c.x[i] * v.lse.x] * log2_e;
             if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x];
@@ -118,24 +123,28 @@ static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardB
     s.values = f.key_rows_copy + local_kv_head * f.key_head, s.ring_row = f.ring.natural_row(p.dim), s.width = width;
     s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale);
     KeyGradient g;
-    g.weights_row = (int64_t)slots * lanes, g.step = p.axis[1].kernel * lanes, g.rows = &t, g.blocks = f.blocks, g.n_blocks = f.n_blocks;
+    g.weights_row = (int64_t)slots * lanes, g.step = p.axis[1].kernel * lanes, g.rows = &t, g.blocks = f.blocks,
+    g.n_blocks = f.n_blocks;
     for (int i = 0; i < c.runs; i++) {
         const Run &run = c.run[i];
         s.first = g.first = c.first + run.index, s.end = g.end = c.end + run.index;
         s.lane = run.lane, s.lane_step = run.step, g.run = &run;
         weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
 
-        g.weights = f.scores, g.vectors = f.d_out_rows + run.index * width_v, g.vectors_row = lanes * width_v, g.width = width_v;
+        g.weights = f.scores, g.vectors = f.d_out_rows + run.index * width_v, g.vectors_row = lanes * width_v,
+        g.width = width_v;
         g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
         key_gradient(g);
-        g.weights = f.d_scores, g.vectors = f.query_rows + run.index * width, g.vectors_row = lanes * width, g.width = width;
+        g.weights = f.d_scores, g.vectors = f.query_rows + run.index * width, g.vectors_row = lanes * width,
+        g.width = width;
         g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
         key_gradient(g);
     }
 }
 
 // Where the gradients of keys and values go: the tensors, or sums in Real when several blocks add to 16-bit ones.
-template <class T> struct GradientTarget {
+template <class T>
+struct GradientTarget {
     View<T> d_key, d_value;
     bool add;
 };
@@ -143,10 +152,15 @@ template <class T> struct GradientTarget {
 template <class T, class G>
 static void backward_map(const Problem &p, const Map &m, const Block &b, const Task &task, BackwardBuffers &f,
                          const GradientTarget<G> &target, Real *d_bias) {
-    BackwardViews<T> v{view<const T>(p.query, p, m),   view<const T>(p.key, p, m), view<const T>(p.value, p, m),
-                       view<const T>(p.d_out, p, m),   view<T>(p.d_query, p, m),   lse_view(p.lse, p, m),
+    BackwardViews<T> v{view<const T>(p.query, p, m),
+                       view<const T>(p.key, p, m),
+                       view<const T>(p.value, p, m),
+                       view<const T>(p.d_out, p, m),
+                       view<T>(p.d_query, p, m),
+                       lse_view(p.lse, p, m),
                        p.d_lse ? lse_view(p.d_lse, p, m) : View<Real>{}};
-    const int group = p.queries_per_kv_head(), width = round_up(p.dim), width_v = round_up(p.dim_v), kv_heads = task.head_end - task.head_begin;
+    const int group = p.queries_per_kv_head(), width = round_up(p.dim), width_v = round_up(p.dim_v),
+              kv_heads = task.head_end - task.head_begin;
     Ring &ring = f.ring;
     restart(ring, b);
     memset(f.d_keys, 0, kv_heads * f.key_head * sizeof(Real));
@@ -159,8 +173,8 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
                 Real *row = f.key_rows_copy + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
                 pack_rows(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim, row, Real(1));
                 pack_transposed(row, width, n, p.dim, f.keys.row(local, slot) + x, ring.pitch, Real(1));
-                pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v, f.values.row(local, slot) + x, ring.pitch,
-                                Real(1));
+                pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
+                                f.values.row(local, slot) + x, ring.pitch, Real(1));
             }
         pack_pairs_of(f.keys, slot, f.columns, f.tiles);
         pack_pairs_of(f.values, slot, f.columns, f.tiles);
@@ -172,8 +186,10 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
                 Real *dk = f.d_keys + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
                 Real *dv = f.d_values + local * f.value_head + slot * ring.natural_row(p.dim_v) + (int64_t)x * width_v;
                 // queries were packed times log2(e)
-                unpack_rows(dk, 1, p.dim, target.d_key.at(kz, ky, b.key_begin[2] + x, h), target.d_key.x, ln_2, target.add);
-                unpack_rows(dv, 1, p.dim_v, target.d_value.at(kz, ky, b.key_begin[2] + x, h), target.d_value.x, Real(1), target.add);
+                unpack_rows(dk, 1, p.dim, target.d_key.at(kz, ky, b.key_begin[2] + x, h), target.d_key.x, ln_2,
+                            target.add);
+                unpack_rows(dv, 1, p.dim_v, target.d_value.at(kz, ky, b.key_begin[2] + x, h), target.d_value.x, Real(1),
+                            target.add);
                 memset(dk, 0, width * sizeof(Real));
                 memset(dv, 0, width_v * sizeof(Real));
             }

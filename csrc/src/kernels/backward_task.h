@@ -7,10 +7,10 @@ namespace nbhd::NBHD_ISA {
 struct BackwardJob {
     const Problem *p;
     Plan plan;
-    int parity;           // of the lead blocks that run in this pass; -1: all
+    int parity;            // of the lead blocks that run in this pass; -1: all
     Tensor d_key, d_value; // targets
-    bool real_targets;    // the targets hold Real, whatever the dtype
-    Real *d_bias;         // [task][head of the task][row][column], or null
+    bool real_targets;     // the targets hold Real, whatever the dtype
+    Real *d_bias;          // [task][head of the task][row][column], or null
     int64_t d_bias_task;
     bool failed; // by any thread: out of memory
 };
@@ -36,7 +36,8 @@ static bool alternate_blocks_are_apart(const Problem &p, const Plan &plan) {
     return true;
 }
 
-template <class T, class G> static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
+template <class T, class G>
+static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
     const Problem &p = *job.p;
     const int group = p.queries_per_kv_head(), heads = (task.head_end - task.head_begin) * group;
     for (int64_t n = task.map_begin; n < task.map_end;) {
@@ -58,7 +59,8 @@ template <class T, class G> static void backward_blocks(BackwardJob &job, const 
             for (int64_t image = 0; image < images; image++) {
                 Map one = m;
                 one.batch += int(image);
-                const GradientTarget<G> target{view<G>(job.d_key, p, one), view<G>(job.d_value, p, one), job.plan.shares_keys()};
+                const GradientTarget<G> target{view<G>(job.d_key, p, one), view<G>(job.d_value, p, one),
+                                               job.plan.shares_keys()};
                 backward_map<T, G>(p, one, b, task, f, target, d_bias);
             }
             if (d_bias && f.bias.expanded) fold_bias(f.bias, heads, f.columns, f.tiles.n, d_bias);
@@ -67,7 +69,8 @@ template <class T, class G> static void backward_blocks(BackwardJob &job, const 
     }
 }
 
-template <class T> static void backward_task(int64_t i, void *context) {
+template <class T>
+static void backward_task(int64_t i, void *context) {
     BackwardJob &job = *(BackwardJob *)context;
     const Task task = task_of(job.plan, *job.p, i);
     if (job.parity >= 0 && (task.lead & 1) != job.parity) return;
@@ -77,7 +80,8 @@ template <class T> static void backward_task(int64_t i, void *context) {
 }
 
 // One image plane (batch, z) of dK and dV: set to zero, or taken from the Real sums.
-template <class T> static void finish_plane(int64_t i, void *context) {
+template <class T>
+static void finish_plane(int64_t i, void *context) {
     const BackwardJob &job = *(BackwardJob *)context;
     const Problem &p = *job.p;
     const int64_t b = i / p.axis[0].length, z = i % p.axis[0].length;
@@ -92,7 +96,8 @@ template <class T> static void finish_plane(int64_t i, void *context) {
                         memset(t, 0, channels * sizeof(T));
                         continue;
                     }
-                    const Real *s = (const Real *)from.data + b * from.batch + z * from.axis[0] + y * from.axis[1] + x * from.axis[2] + h * from.head;
+                    const Real *s = (const Real *)from.data + b * from.batch + z * from.axis[0] + y * from.axis[1] +
+                                    x * from.axis[2] + h * from.head;
                     int c = 0;
                     for (; c + lanes <= channels; c += lanes) store(t + c, load(s + c));
                     if (c < channels) store_part(t + c, load_part(s + c, channels - c), channels - c);
@@ -115,8 +120,10 @@ static void reduce_bias(const BackwardJob &job) {
     }
 }
 
-template <class T> static bool backward_as(const Problem &p, const Threads &threads) {
-    BackwardJob job{&p, make_plan(p, backward_transposed, backward_rows), -1, p.d_key, p.d_value, false, nullptr, 0, false};
+template <class T>
+static bool backward_as(const Problem &p, const Threads &threads) {
+    BackwardJob job{&p,   make_plan(p, backward_transposed, backward_rows), -1, p.d_key, p.d_value, false, nullptr, 0,
+                    false};
     while (job.plan.lead_blocks > 1 && !alternate_blocks_are_apart(p, job.plan)) job.plan.lead_blocks--;
     const int64_t tasks = job.plan.tasks();
     Real *sums = nullptr;

@@ -15,7 +15,8 @@ namespace nbhd::NBHD_ISA {
 struct Arena {
     char *base = nullptr;
     int64_t used = 0;
-    template <class T> T *take(int64_t n) {
+    template <class T>
+    T *take(int64_t n) {
         T *p = base ? (T *)(base + used) : nullptr;
         used += (n * (int64_t)sizeof(T) + 63) / 64 * 64;
         return p;
@@ -23,7 +24,8 @@ struct Arena {
 };
 
 // A tensor seen from one map: places instead of positions.
-template <class T> struct View {
+template <class T>
+struct View {
     T *data;
     int64_t z, y, x, head;
     T *at(int64_t zi, int64_t yi, int64_t xi, int64_t h) const { return data + zi * z + yi * y + xi * x + h * head; }
@@ -39,7 +41,8 @@ static GroupAxis group_axis(const Axis &a, int g) {
     return {a.group_length(g), a.kernel, a.first + start, a.count + start};
 }
 
-template <class T> static View<T> view(const Tensor &t, const Problem &p, const Map &m) {
+template <class T>
+static View<T> view(const Tensor &t, const Problem &p, const Map &m) {
     View<T> v;
     v.data = (T *)t.data + m.batch * t.batch;
     for (int a = 0; a < 3; a++) v.data += m.group[a] * t.axis[a];
@@ -55,7 +58,7 @@ static View<Real> lse_view(const void *data, const Problem &p, const Map &m) {
 }
 
 struct Block {
-    int begin[3], end[3];        // query places
+    int begin[3], end[3];         // query places
     int key_begin[3], key_end[3]; // key places they see
 };
 
@@ -91,7 +94,8 @@ static int most_key_rows(const Map &m, const Block &b) {
     for (int u = b.begin[0]; u < b.end[0]; u++)
         if (m.axis[0].count[u] > z) z = m.axis[0].count[u];
     for (int u = b.begin[1]; u < b.end[1]; u += tile_rows) {
-        const int last = u + tile_rows < b.end[1] ? u + tile_rows - 1 : b.end[1] - 1, n = m.axis[1].end(last) - m.axis[1].first[u];
+        const int last = u + tile_rows < b.end[1] ? u + tile_rows - 1 : b.end[1] - 1,
+                  n = m.axis[1].end(last) - m.axis[1].first[u];
         if (n > y) y = n;
     }
     return z * y;
@@ -100,11 +104,11 @@ static int most_key_rows(const Map &m, const Block &b) {
 struct Plan {
     int heads_per_task, head_groups; // key/value heads
     int64_t maps, maps_per_task, map_chunks;
-    int lead_axis, lead_blocks;      // cuts along the leading axis, each a task
-    int y_block, x_block;            // places of a block; y_block cuts 3D maps only
+    int lead_axis, lead_blocks; // cuts along the leading axis, each a task
+    int y_block, x_block;       // places of a block; y_block cuts 3D maps only
     int64_t tasks() const { return map_chunks * head_groups * lead_blocks; }
     bool shares_keys() const { return lead_blocks > 1 || several_blocks; }
-    bool several_blocks;             // a task's map has more than one block
+    bool several_blocks; // a task's map has more than one block
 };
 
 // What a task is, by number.
@@ -141,11 +145,13 @@ static Map map_of(const Problem &p, int64_t number) {
 static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int copies_transposed, int copies_rows) {
     int begin[3] = {0, 0, 0}, end[3];
     for (int a = 0; a < 3; a++) end[a] = m.axis[a].length;
-    if (plan.lead_axis == 0 && plan.y_block < end[1]) begin[1] = (end[1] - plan.y_block) / 2, end[1] = begin[1] + plan.y_block;
+    if (plan.lead_axis == 0 && plan.y_block < end[1])
+        begin[1] = (end[1] - plan.y_block) / 2, end[1] = begin[1] + plan.y_block;
     if (plan.x_block < end[2]) begin[2] = (end[2] - plan.x_block) / 2, end[2] = begin[2] + plan.x_block;
     const Block b = make_block(m, begin, end);
     const int64_t channels = round_up(p.dim > p.dim_v ? p.dim : p.dim_v), width = b.key_end[2] - b.key_begin[2];
-    return ring_shape(m, b).slots() * channels * (copies_transposed * (width + lanes) + copies_rows * width) * (int64_t)sizeof(Real);
+    return ring_shape(m, b).slots() * channels * (copies_transposed * (width + lanes) + copies_rows * width) *
+           (int64_t)sizeof(Real);
 }
 
 // `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
@@ -163,7 +169,8 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
     while (ring_bytes(p, m, plan, copies_transposed, copies_rows) > cache) {
         const bool cut_y = plan.lead_axis == 0 && plan.y_block > y_least, cut_x = plan.x_block > x_least;
         if (!cut_y && !cut_x) break;
-        if (cut_x && (!cut_y || plan.x_block / lanes >= plan.y_block / tile_rows)) plan.x_block = round_up((plan.x_block + 1) / 2);
+        if (cut_x && (!cut_y || plan.x_block / lanes >= plan.y_block / tile_rows))
+            plan.x_block = round_up((plan.x_block + 1) / 2);
         else plan.y_block = (plan.y_block / 2 + tile_rows - 1) / tile_rows * tile_rows;
     }
     plan.several_blocks = (plan.lead_axis == 0 && plan.y_block < m.axis[1].length) || plan.x_block < m.axis[2].length;
@@ -190,10 +197,12 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
 }
 
 // Calls visit(block) for the blocks of a task's map.
-template <class Visit> static void for_each_block(const Plan &plan, const Map &m, int lead, Visit visit) {
+template <class Visit>
+static void for_each_block(const Plan &plan, const Map &m, int lead, Visit visit) {
     int begin[3] = {0, 0, 0}, end[3] = {m.axis[0].length, m.axis[1].length, m.axis[2].length};
     const int64_t n = m.axis[plan.lead_axis].length;
-    begin[plan.lead_axis] = int(n * lead / plan.lead_blocks), end[plan.lead_axis] = int(n * (lead + 1) / plan.lead_blocks);
+    begin[plan.lead_axis] = int(n * lead / plan.lead_blocks),
+    end[plan.lead_axis] = int(n * (lead + 1) / plan.lead_blocks);
     if (begin[plan.lead_axis] >= end[plan.lead_axis]) return;
     const int y_begin = begin[1], y_end = end[1], y_step = plan.lead_axis == 0 ? plan.y_block : y_end - y_begin;
     for (int y = y_begin; y < y_end; y += y_step)

@@ -24,21 +24,21 @@ struct GroupAxis {
 
 // Neighbouring queries of a tile, in lanes lane, lane + step, ...
 struct Run {
-    int x, n;       // first query, number
+    int x, n; // first query, number
     int lane, step;
-    int index;      // of the first query in the tile's order: run after run
+    int index; // of the first query in the tile's order: run after run
 };
 
 struct ColumnTile {
     Keys keys;
-    int runs, n;            // queries of all runs
+    int runs, n; // queries of all runs
     Run run[2];
-    int origin;             // first key of lane 0, counted as all keys here from the block's first key column
-    int pair;               // paired tiles are numbered: which packed copy of the keys
-    int pair_origin[2];     // first key of either group
-    bool masked;            // some lane sees fewer keys than the kernel
-    int bias_set;           // expanded bias table and gradient sums; 0: the sliding tiles' common one
-    int x[lanes];           // in the tile's order, as are the next two
+    int origin;         // first key of lane 0, counted as all keys here from the block's first key column
+    int pair;           // paired tiles are numbered: which packed copy of the keys
+    int pair_origin[2]; // first key of either group
+    bool masked;        // some lane sees fewer keys than the kernel
+    int bias_set;       // expanded bias table and gradient sums; 0: the sliding tiles' common one
+    int x[lanes];       // in the tile's order, as are the next two
     int first[lanes], end[lanes];
     int lane[lanes];        // of the query
     int lane_column[lanes]; // by lane: column of the bias table for offset 0
@@ -73,7 +73,8 @@ static ColumnTile empty_tile(const GroupAxis &a, Keys keys, int origin) {
 
 // The tile that begins at x; it covers n queries from there.
 static ColumnTile column_tile(const GroupAxis &a, int x, int x_end, int key_origin) {
-    const int shared = run_length(a, x, x_end, 0), sliding = run_length(a, x, x_end, 1), most = shared > sliding ? shared : sliding;
+    const int shared = run_length(a, x, x_end, 0), sliding = run_length(a, x, x_end, 1),
+              most = shared > sliding ? shared : sliding;
     int permuted = 1; // the permute reaches lanes - 1 keys past lane 0's
     while (permuted < lanes && x + permuted < x_end && a.first[x + permuted] - a.first[x] < lanes) permuted++;
     const Keys keys = permuted > 2 * most ? Keys::permuted : sliding >= shared ? Keys::sliding : Keys::shared;
@@ -84,7 +85,8 @@ static ColumnTile column_tile(const GroupAxis &a, int x, int x_end, int key_orig
 
 // Joins two shared tiles of at most half a vector each. Not where windows are so long that the second copy of keys would weigh.
 static bool can_pair(const ColumnTile &a, const ColumnTile &b, int kernel) {
-    return a.keys == Keys::shared && b.keys == Keys::shared && a.n <= lanes / 2 && b.n <= lanes / 2 && kernel <= 4 * lanes;
+    return a.keys == Keys::shared && b.keys == Keys::shared && a.n <= lanes / 2 && b.n <= lanes / 2 &&
+           kernel <= 4 * lanes;
 }
 static ColumnTile paired(const GroupAxis &axis, const ColumnTile &a, const ColumnTile &b, int key_origin) {
     ColumnTile t = empty_tile(axis, Keys::paired, a.origin);

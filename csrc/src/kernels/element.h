@@ -6,8 +6,12 @@
 namespace nbhd::NBHD_ISA {
 
 #if !NBHD_DOUBLE // 16-bit tensors are computed in float
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
 
 typedef uint16_t Half __attribute__((vector_size(lanes * 2)));
 typedef Half UnalignedHalf __attribute__((aligned(2), may_alias));
@@ -58,12 +62,14 @@ NBHD_INLINE void store(Float16 *p, Vec v) {
 #endif
 
 // The first n < lanes elements; the others read as zero and are not written.
-template <class T> NBHD_INLINE Vec load_part(const T *p, int n) {
+template <class T>
+NBHD_INLINE Vec load_part(const T *p, int n) {
     T buffer[lanes] = {};
     memcpy(buffer, p, n * sizeof(T));
     return load(buffer);
 }
-template <class T> NBHD_INLINE void store_part(T *p, Vec v, int n) {
+template <class T>
+NBHD_INLINE void store_part(T *p, Vec v, int n) {
     T buffer[lanes];
     store(buffer, v);
     memcpy(p, buffer, n * sizeof(T));

@@ -45,21 +45,23 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
 }
 
 // Scores of a whole tile with packed keys of one head, from bias table `head` when start says so.
-static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c, const PackedKeys &keys, int kv_head, const Real *query,
-                        const BiasTables *bias, int head, Real *scores_out, Real *maximum) {
+static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c, const PackedKeys &keys, int kv_head,
+                        const Real *query, const BiasTables *bias, int head, Real *scores_out, Real *maximum) {
     const int kernel = p.axis[2].kernel, channels = keys.channels;
     const int64_t row_scores = (int64_t)p.window() * lanes;
     ScoreBlock s;
     s.score_step = p.axis[1].kernel * lanes;
     s.bias_step = bias && bias->expanded ? bias->rows_y * lanes : s.score_step;
-    s.query_row = (int64_t)channels * lanes, s.pitch = c.keys == Keys::paired ? 2 * kernel : keys.pitch, s.channels = channels, s.index = &c.index;
+    s.query_row = (int64_t)channels * lanes, s.pitch = c.keys == Keys::paired ? 2 * kernel : keys.pitch,
+    s.channels = channels, s.index = &c.index;
     s.start = !bias || !bias->present ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
     for (int i = 0; i < t.key_rows; i++) {
         const KeyRow &key = t.key[i];
         const int n = key.end - key.begin;
         if (n <= 0) continue;
         s.query = query + key.begin * s.query_row;
-        s.keys = c.keys == Keys::paired ? keys.pair_row(kv_head, c.pair, key.ring) : keys.row(kv_head, key.ring) + c.origin;
+        s.keys =
+            c.keys == Keys::paired ? keys.pair_row(kv_head, c.pair, key.ring) : keys.row(kv_head, key.ring) + c.origin;
         s.maximum = maximum ? maximum + key.begin * lanes : nullptr;
         for (int k = 0; k < n; k++) {
             const int r = key.begin + k, row = key.bias_row - r;
@@ -75,8 +77,9 @@ static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c,
 }
 
 template <class T>
-static void forward_tile(const Problem &p, const View<const T> &query, const View<T> &out, const View<Real> &lse, ForwardBuffers &f,
-                         const RowTile &t, const ColumnTile &c, int local_kv_head, int head, int local_head) {
+static void forward_tile(const Problem &p, const View<const T> &query, const View<T> &out, const View<Real> &lse,
+                         ForwardBuffers &f, const RowTile &t, const ColumnTile &c, int local_kv_head, int head,
+                         int local_head) {
     const int slots = p.window();
     const bool holes = has_holes(t, c, p);
     for (int i = 0; i < c.runs; i++)
@@ -101,7 +104,8 @@ static void forward_tile(const Problem &p, const View<const T> &query, const Vie
     }
     WeightedSum s;
     s.weights = f.scores, s.weights_row = (int64_t)slots * lanes, s.step = p.axis[1].kernel * lanes;
-    s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v), s.width = round_up(p.dim_v);
+    s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v),
+    s.width = round_up(p.dim_v);
     s.rows = &t, s.normaliser = f.normaliser, s.factor = 1;
     for (int i = 0; i < c.runs; i++) {
         const Run &run = c.run[i];
@@ -112,7 +116,8 @@ static void forward_tile(const Problem &p, const View<const T> &query, const Vie
 
 template <class T>
 static void forward_map(const Problem &p, const Map &m, const Block &b, const Task &task, ForwardBuffers &f) {
-    const auto query = view<const T>(p.query, p, m), key = view<const T>(p.key, p, m), value = view<const T>(p.value, p, m);
+    const auto query = view<const T>(p.query, p, m), key = view<const T>(p.key, p, m),
+               value = view<const T>(p.value, p, m);
     const auto out = view<T>(p.out, p, m);
     const auto lse = lse_view(p.lse, p, m);
     const int group = p.queries_per_kv_head();
@@ -130,10 +135,12 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                 for (int x = 0; x < f.ring.width; x += lanes) // heads inside: a token's channels lie side by side
                     for (int h = task.head_begin; h < task.head_end; h++) {
                         const int n = x + lanes < f.ring.width ? lanes : f.ring.width - x, local = h - task.head_begin;
-                        pack_transposed(key.at(kz, ky, b.key_begin[2] + x, h), key.x, n, p.dim, f.keys.row(local, slot) + x, f.keys.pitch,
-                                        Real(1));
+                        pack_transposed(key.at(kz, ky, b.key_begin[2] + x, h), key.x, n, p.dim,
+                                        f.keys.row(local, slot) + x, f.keys.pitch, Real(1));
                         pack_rows(value.at(kz, ky, b.key_begin[2] + x, h), value.x, n, p.dim_v,
-                                  f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) + (int64_t)x * round_up(p.dim_v), Real(1));
+                                  f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) +
+                                      (int64_t)x * round_up(p.dim_v),
+                                  Real(1));
                     }
                 pack_pairs_of(f.keys, slot, f.columns, f.tiles);
             });
@@ -150,7 +157,8 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                             prefetch_rows(key, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim);
                             prefetch_rows(value, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim_v);
                         }
-                        forward_tile<T>(p, query, out, lse, f, t, f.columns[i], local, h * group + q, local * group + q);
+                        forward_tile<T>(p, query, out, lse, f, t, f.columns[i], local, h * group + q,
+                                        local * group + q);
                     }
         }
 }
@@ -161,7 +169,8 @@ struct ForwardJob {
     bool failed; // by any thread: out of memory
 };
 
-template <class T> static void forward_task(int64_t i, void *context) {
+template <class T>
+static void forward_task(int64_t i, void *context) {
     ForwardJob &job = *(ForwardJob *)context;
     const Problem &p = *job.p;
     const Task task = task_of(job.plan, p, i);
@@ -192,7 +201,8 @@ template <class T> static void forward_task(int64_t i, void *context) {
     }
 }
 
-template <class T> static bool forward_as(const Problem &p, const Threads &threads) {
+template <class T>
+static bool forward_as(const Problem &p, const Threads &threads) {
     ForwardJob job{&p, make_plan(p, forward_transposed, forward_rows), false};
     run_tasks(threads, job.plan.tasks(), forward_task<T>, &job);
     return !job.failed;

@@ -37,7 +37,8 @@ static GradientBlock gradient_block_of(const RowTile &t, const KeyRow *key, int 
         no_tail &= b.high[r] == keys, tail &= b.high[r] == keys - t.n + 1 + r;
         if (r > 0) alike &= t.shift[r] - t.shift[r - 1] == t.shift[1] - t.shift[0];
     }
-    if (t.n == tile_rows && alike && (head || no_head) && (tail || no_tail)) b.pattern = keys * 4 + !no_head * 2 + !no_tail;
+    if (t.n == tile_rows && alike && (head || no_head) && (tail || no_tail))
+        b.pattern = keys * 4 + !no_head * 2 + !no_tail;
     return b;
 }
 
@@ -55,13 +56,13 @@ static int make_gradient_blocks(const RowTile &t, GradientBlock *blocks) {
 }
 
 struct KeyGradient {
-    const Real *weights;    // [row][slot][lane]
+    const Real *weights; // [row][slot][lane]
     int64_t weights_row;
-    int64_t step;           // of a weight from a key column to the next; from a key row to the next it is `lanes`
-    const Real *vectors;    // [row][query][width]: queries or output gradients
+    int64_t step;        // of a weight from a key column to the next; from a key row to the next it is `lanes`
+    const Real *vectors; // [row][query][width]: queries or output gradients
     int64_t vectors_row;
     int width;
-    Real *gradient;         // ring rows of [key][width]
+    Real *gradient; // ring rows of [key][width]
     int64_t ring_row;
     const RowTile *rows;
     const GradientBlock *blocks;
@@ -72,25 +73,29 @@ struct KeyGradient {
 
 // Which keys [low, high) of a block of n each query row adds to. Rows whose windows start one after another leave a triangle
 // out of the first block (`head`), of the last (`tail`), or both; rows with the same window leave nothing out.
-template <int n_, int rows_, bool head, bool tail> struct Pattern {
+template <int n_, int rows_, bool head, bool tail>
+struct Pattern {
     static constexpr int n = n_, rows = rows_;
     static constexpr int low(int r) { return !head ? 0 : r < n ? r : n; }
     static constexpr int high(int r) { return !tail ? n : n - rows + 1 + r > 0 ? n - rows + 1 + r : 0; }
 };
 // One query row, keys [low, high) of a whole block.
-template <int low_, int high_> struct Span {
+template <int low_, int high_>
+struct Span {
     static constexpr int n = gradient_block, rows = 1;
     static constexpr int low(int) { return low_; }
     static constexpr int high(int) { return high_; }
 };
 
-template <int n, int vectors> NBHD_INLINE void load_block(Vec (&a)[n][vectors], Real *const *row, int64_t at) {
+template <int n, int vectors>
+NBHD_INLINE void load_block(Vec (&a)[n][vectors], Real *const *row, int64_t at) {
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
         for (int c = 0; c < vectors; c++) a[i][c] = load(row[i] + at + c * lanes);
 }
-template <int n, int vectors> NBHD_INLINE void store_block(const Vec (&a)[n][vectors], Real *const *row, int64_t at, int keys) {
+template <int n, int vectors>
+NBHD_INLINE void store_block(const Vec (&a)[n][vectors], Real *const *row, int64_t at, int keys) {
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
         if (i < keys)
@@ -100,8 +105,8 @@ template <int n, int vectors> NBHD_INLINE void store_block(const Vec (&a)[n][vec
 
 // Adds `count` queries to the accumulators; the weight of (row, key) lies at w + row * row_step + key * lanes.
 template <class Rows, int n, int vectors>
-NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_step, int64_t lane_step, const Real *v, int64_t vectors_row,
-                             int width, int count) {
+NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_step, int64_t lane_step, const Real *v,
+                             int64_t vectors_row, int width, int count) {
     for (int l = 0; l < count; l++, w += lane_step, v += width)
 #pragma GCC unroll 4
         for (int r = 0; r < Rows::rows; r++) {
@@ -121,7 +126,8 @@ NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_st
 // A block whose rows make a pattern, for a run whose queries share their keys (advance 0) or start one key further each (1):
 // which queries see a column is arithmetic.
 template <class Rows, int vectors>
-static void add_pattern(const KeyGradient &g, Real *const *rows, const Real *weights, int64_t row_step, const Real *v, int advance) {
+static void add_pattern(const KeyGradient &g, Real *const *rows, const Real *weights, int64_t row_step, const Real *v,
+                        int advance) {
     const int n = g.run->n, width = g.width, begin = g.first[0], last = g.end[0] - 1, end = g.end[n - 1];
     const int64_t lane_step = g.run->step - advance * g.step, step = g.step, vectors_row = g.vectors_row;
     Real *row[Rows::n];
@@ -131,29 +137,34 @@ static void add_pattern(const KeyGradient &g, Real *const *rows, const Real *wei
         const int from = advance && x > last ? x - last : 0, to = advance && x - begin + 1 < n ? x - begin + 1 : n;
         Vec a[Rows::n][vectors];
         load_block(a, row, (int64_t)x * width);
-        add_queries<Rows>(a, weights + (x - begin) * step + from * lane_step, row_step, lane_step, v + (int64_t)from * width, vectors_row,
-                          width, to - from);
+        add_queries<Rows>(a, weights + (x - begin) * step + from * lane_step, row_step, lane_step,
+                          v + (int64_t)from * width, vectors_row, width, to - from);
         store_block(a, row, (int64_t)x * width, Rows::n);
     }
 }
 
 // Anything else: row by row, and in pieces of queries whose first keys advance evenly.
-template <int vectors> NBHD_INLINE void add_span(Vec (&a)[gradient_block][vectors], int low, int high, const Real *w, int64_t lane_step,
-                                                 const Real *v, int width, int count) {
+template <int vectors>
+NBHD_INLINE void add_span(Vec (&a)[gradient_block][vectors], int low, int high, const Real *w, int64_t lane_step,
+                          const Real *v, int width, int count) {
     switch (low * 16 + high) {
-#define NBHD_CASE(low, high)                                                                                                   \
-    case low * 16 + high:                                                                                                      \
-        if constexpr (low < high && high <= gradient_block) add_queries<Span<low, high>>(a, w, 0, lane_step, v, 0, width, count); \
+#define NBHD_CASE(low, high)                                                                                           \
+    case low * 16 + high:                                                                                              \
+        if constexpr (low < high && high <= gradient_block)                                                            \
+            add_queries<Span<low, high>>(a, w, 0, lane_step, v, 0, width, count);                                      \
         break;
-#define NBHD_CASES(high) NBHD_CASE(0, high) NBHD_CASE(1, high) NBHD_CASE(2, high) NBHD_CASE(3, high) NBHD_CASE(4, high)         \
-    NBHD_CASE(5, high) NBHD_CASE(6, high) NBHD_CASE(7, high)
+#define NBHD_CASES(high)                                                                                               \
+    NBHD_CASE(0, high)                                                                                                 \
+    NBHD_CASE(1, high) NBHD_CASE(2, high) NBHD_CASE(3, high) NBHD_CASE(4, high) NBHD_CASE(5, high) NBHD_CASE(6, high)  \
+        NBHD_CASE(7, high)
         NBHD_CASES(1) NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
 #undef NBHD_CASES
 #undef NBHD_CASE
     }
 }
 template <int vectors>
-static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *row, const Real *weights, const Real *v) {
+static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *row, const Real *weights,
+                     const Real *v) {
     const RowTile &t = *g.rows;
     const int n = g.run->n;
     int from = 0, to = 0; // queries that see the column
@@ -169,8 +180,10 @@ static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *
             while (next < to && g.first[next] - g.first[next - 1] == advance) next++;
             for (int r = 0; r < t.n; r++)
                 add_span(a, b.low[r], b.high[r],
-                         weights + r * g.weights_row - (t.shift[r] - t.shift[0]) * lanes + (x - g.first[l]) * g.step + l * g.run->step,
-                         g.run->step - advance * g.step, v + r * g.vectors_row + (int64_t)l * g.width, g.width, next - l);
+                         weights + r * g.weights_row - (t.shift[r] - t.shift[0]) * lanes + (x - g.first[l]) * g.step +
+                             l * g.run->step,
+                         g.run->step - advance * g.step, v + r * g.vectors_row + (int64_t)l * g.width, g.width,
+                         next - l);
         }
         store_block(a, row, (int64_t)x * g.width, b.keys);
     }
@@ -178,7 +191,8 @@ static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *
 
 // A single query row with a single key row, as in a sequence: the accumulators are neighbouring key columns, whose weights lie at
 // the same distances as those of key rows elsewhere. Queries that see all of a block's columns go together, others one by one.
-template <int vectors> static void add_sequence(const KeyGradient &g, Real *gradient, const Real *weights, const Real *v, int advance) {
+template <int vectors>
+static void add_sequence(const KeyGradient &g, Real *gradient, const Real *weights, const Real *v, int advance) {
     const int n = g.run->n, end = g.end[n - 1];
     for (int x = g.first[0]; x < end; x += gradient_block) {
         const int keys = end - x < gradient_block ? end - x : gradient_block;
@@ -192,8 +206,8 @@ template <int vectors> static void add_sequence(const KeyGradient &g, Real *grad
             if (low >= high) continue;
             const bool whole = advance >= 0 && low == 0 && high == keys;
             while (whole && next < n && g.first[next] <= x && g.end[next] - x >= keys) next++;
-            add_span(a, low, high, weights + (x - g.first[l]) * g.step + l * g.run->step, g.run->step - advance * g.step,
-                     v + (int64_t)l * g.width, g.width, next - l);
+            add_span(a, low, high, weights + (x - g.first[l]) * g.step + l * g.run->step,
+                     g.run->step - advance * g.step, v + (int64_t)l * g.width, g.width, next - l);
         }
         store_block(a, row, 0, keys);
     }
@@ -208,25 +222,29 @@ static int advance_of(const KeyGradient &g) {
     return advance;
 }
 
-template <int vectors> static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int advance, int c0) {
+template <int vectors>
+static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int advance, int c0) {
     const RowTile &t = *g.rows;
     Real *row[gradient_block];
     for (int i = 0; i < gradient_block; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
     const bool sequence = t.n == 1 && b.keys == 1 && g.step == lanes;
-    const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v = g.vectors + c0;
+    const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v =
+                                                                                                             g.vectors +
+                                                                                                             c0;
     if (sequence) return add_sequence<vectors>(g, row[0], weights, v, advance);
     const int64_t row_step = g.weights_row - lanes * (t.n > 1 ? t.shift[1] - t.shift[0] : 0);
     switch (advance < 0 ? -1 : b.pattern) {
-#define NBHD_CASE(n, head, tail)                                                                                               \
-    case n * 4 + head * 2 + tail:                                                                                              \
-        if constexpr (n <= gradient_block)                                                                                     \
-            add_pattern<Pattern<n, tile_rows, head, tail>, vectors>(g, row, weights, row_step, v, advance);                    \
+#define NBHD_CASE(n, head, tail)                                                                                       \
+    case n * 4 + head * 2 + tail:                                                                                      \
+        if constexpr (n <= gradient_block)                                                                             \
+            add_pattern<Pattern<n, tile_rows, head, tail>, vectors>(g, row, weights, row_step, v, advance);            \
         break;
 #define NBHD_CASES(n) NBHD_CASE(n, 0, 0) NBHD_CASE(n, 0, 1) NBHD_CASE(n, 1, 0) NBHD_CASE(n, 1, 1)
-        NBHD_CASES(1) NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
+        NBHD_CASES(1)
+        NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
 #undef NBHD_CASES
 #undef NBHD_CASE
-    default: add_rows<vectors>(g, b, row, weights, v);
+            default : add_rows<vectors>(g, b, row, weights, v);
     }
 }
 

@@ -10,7 +10,8 @@
 namespace nbhd::NBHD_ISA {
 
 // Asks for n tokens ahead of their use: into the second-level cache for reading, or to be owned before they are written.
-template <bool write, class T> NBHD_INLINE void prefetch_tokens(const T *p, int64_t stride, int n, int channels) {
+template <bool write, class T>
+NBHD_INLINE void prefetch_tokens(const T *p, int64_t stride, int n, int channels) {
     for (int t = 0; t < n; t++, p += stride)
         for (int c = 0; c < channels; c += 64 / (int)sizeof(T)) {
             if constexpr (write) __builtin_prefetch(p + c, 1, 3);
@@ -55,7 +56,8 @@ static void pack_transposed(const T *src, int64_t stride, int n, int channels, R
 }
 
 // Queries of one vector: dst[channel][lane], token[l] the channels of lane l or null for an idle lane, which reads zero.
-template <class T> static void pack_lanes(const T *const *token, int channels, Real *dst, Real factor) {
+template <class T>
+static void pack_lanes(const T *const *token, int channels, Real *dst, Real factor) {
     alignas(64) static const T zeros[lanes] = {};
     const Vec f = splat(factor);
     for (int c = 0; c < channels; c += lanes) {
@@ -76,7 +78,8 @@ template <class T> static void pack_lanes(const T *const *token, int channels, R
     }
 }
 
-template <int... i> NBHD_INLINE void alternate(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
+template <int... i>
+NBHD_INLINE void alternate(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
     low = __builtin_shufflevector(a, b, (i / 2 + (i & 1) * lanes)...);
     high = __builtin_shufflevector(a, b, (i / 2 + (i & 1) * lanes + lanes / 2)...);
 }

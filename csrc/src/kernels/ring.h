@@ -14,7 +14,7 @@ namespace nbhd::NBHD_ISA {
 
 struct Ring {
     RingShape shape;
-    int width, pitch;   // keys of a row; channel pitch of the transposed copies
+    int width, pitch;    // keys of a row; channel pitch of the transposed copies
     int packed, flushed; // places along the leading axis
 
     static int pitch_for(int width) { return round_up(width + lanes - 1); }
@@ -32,7 +32,8 @@ static Ring make_ring(const Map &m, const Block &b) {
 static void restart(Ring &r, const Block &b) { r.packed = r.flushed = b.key_begin[r.shape.planes ? 0 : 1]; }
 
 // Calls visit(z, y, slot) for the key rows at places [from, to) of the leading axis.
-template <class Visit> static void for_each_row(const Ring &r, const Block &b, int from, int to, Visit visit) {
+template <class Visit>
+static void for_each_row(const Ring &r, const Block &b, int from, int to, Visit visit) {
     for (int u = from; u < to; u++) {
         if (!r.shape.planes) visit(b.key_begin[0], u, r.shape.slot(0, u));
         else
@@ -56,7 +57,8 @@ static NextRows next_rows(const Ring &r, const Block &b, int z, int y) {
     if (n.key_end > b.key_end[1] && !r.shape.planes) n.key_end = b.key_end[1];
     return n;
 }
-template <class T> static void prefetch_rows(const View<T> &v, int z, int begin, int end, const Run &run, int head, int channels) {
+template <class T>
+static void prefetch_rows(const View<T> &v, int z, int begin, int end, const Run &run, int head, int channels) {
     for (int y = begin; y < end; y++) prefetch_tokens<false>(v.at(z, y, run.x, head), v.x, run.n, channels);
 }
 

@@ -28,22 +28,23 @@ enum class Keys { sliding, shared, paired, permuted };
 enum class Start { zero, shared, by_lane };
 
 struct ScoreBlock {
-    const Real *query;           // [row][channel][lane]
-    int64_t query_row;           // from a row to the next
-    const Real *keys;            // [channel][key], at the first key of lane 0; paired: [channel][offset][2]
-    int64_t pitch;               // from a channel to the next
+    const Real *query; // [row][channel][lane]
+    int64_t query_row; // from a row to the next
+    const Real *keys;  // [channel][key], at the first key of lane 0; paired: [channel][offset][2]
+    int64_t pitch;     // from a channel to the next
     int channels;
-    const Index *index;          // of the keys of a permuted tile
+    const Index *index; // of the keys of a permuted tile
     Start start;
     const Real *bias[tile_rows]; // by row
     int64_t bias_step;
-    Real *scores[tile_rows];     // by row, for offset 0
-    int64_t score_step;          // from an offset to the next
-    Real *maximum;               // [row][lane], raised to the scores; or null
+    Real *scores[tile_rows]; // by row, for offset 0
+    int64_t score_step;      // from an offset to the next
+    Real *maximum;           // [row][lane], raised to the scores; or null
 };
 
 // Offsets [from, from + offsets) of a block.
-template <int rows, int offsets, Keys keys> static void score_block(const ScoreBlock &b, int from) {
+template <int rows, int offsets, Keys keys>
+static void score_block(const ScoreBlock &b, int from) {
     Vec a[rows][offsets];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -88,7 +89,8 @@ template <int rows, int offsets, Keys keys> static void score_block(const ScoreB
     }
 }
 
-template <int rows, Keys keys> static void score_row(const ScoreBlock &b, int kernel) {
+template <int rows, Keys keys>
+static void score_row(const ScoreBlock &b, int kernel) {
     constexpr int most = offsets_for(rows);
     const int parts = (kernel + most - 1) / most;
     for (int part = 0, from = 0; part < parts; part++) { // parts of equal length, up to one
@@ -97,22 +99,35 @@ template <int rows, Keys keys> static void score_row(const ScoreBlock &b, int ke
         case 1: score_block<rows, 1, keys>(b, from); break;
         case 2: score_block<rows, 2, keys>(b, from); break;
         case 3: score_block<rows, 3, keys>(b, from); break;
-        case 4: if constexpr (most >= 4) score_block<rows, 4, keys>(b, from); break;
-        case 5: if constexpr (most >= 5) score_block<rows, 5, keys>(b, from); break;
-        case 6: if constexpr (most >= 6) score_block<rows, 6, keys>(b, from); break;
-        case 7: if constexpr (most >= 7) score_block<rows, 7, keys>(b, from); break;
-        case 8: if constexpr (most >= 8) score_block<rows, 8, keys>(b, from); break;
+        case 4:
+            if constexpr (most >= 4) score_block<rows, 4, keys>(b, from);
+            break;
+        case 5:
+            if constexpr (most >= 5) score_block<rows, 5, keys>(b, from);
+            break;
+        case 6:
+            if constexpr (most >= 6) score_block<rows, 6, keys>(b, from);
+            break;
+        case 7:
+            if constexpr (most >= 7) score_block<rows, 7, keys>(b, from);
+            break;
+        case 8:
+            if constexpr (most >= 8) score_block<rows, 8, keys>(b, from);
+            break;
         }
         from += n;
     }
 }
 
-template <Keys keys> static void score_rows(const ScoreBlock &b, int rows, int kernel) {
+template <Keys keys>
+static void score_rows(const ScoreBlock &b, int rows, int kernel) {
     switch (rows) {
     case 1: score_row<1, keys>(b, kernel); break;
     case 2: score_row<2, keys>(b, kernel); break;
     case 3: score_row<3, keys>(b, kernel); break;
-    case 4: if constexpr (tile_rows > 3) score_row<4, keys>(b, kernel); break;
+    case 4:
+        if constexpr (tile_rows > 3) score_row<4, keys>(b, kernel);
+        break;
     }
 }
 

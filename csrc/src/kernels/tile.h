@@ -19,15 +19,15 @@ namespace nbhd::NBHD_ISA {
 
 // A row of keys that some query row of the tile sees.
 struct KeyRow {
-    int ring;        // where the key ring keeps it
-    int begin, end;  // query rows
-    int slot;        // of x offset 0, for query row 0; row r has slot - shift[r]
-    int bias_row;    // row of the bias table for query row 0; row r has bias_row - r
+    int ring;       // where the key ring keeps it
+    int begin, end; // query rows
+    int slot;       // of x offset 0, for query row 0; row r has slot - shift[r]
+    int bias_row;   // row of the bias table for query row 0; row r has bias_row - r
 };
 
 struct RowTile {
-    int z, y, n;           // first query row, number of rows
-    int shift[tile_rows];  // first key row minus that of row 0
+    int z, y, n;          // first query row, number of rows
+    int shift[tile_rows]; // first key row minus that of row 0
     int z_count, y_count[tile_rows];
     int key_rows, key_rows_per_plane;
     KeyRow *key;
@@ -42,8 +42,8 @@ struct RingShape {
     int slots() const { return span * rows; }
 };
 
-static void row_tile(RowTile &t, const GroupAxis &z_axis, const GroupAxis &y_axis, int x_kernel, const RingShape &ring, int z,
-                     int y, int n) {
+static void row_tile(RowTile &t, const GroupAxis &z_axis, const GroupAxis &y_axis, int x_kernel, const RingShape &ring,
+                     int z, int y, int n) {
     t.z = z, t.y = y, t.n = n;
     const int y_first = y_axis.first[y], y_end = y_axis.end(y + n - 1), z_first = z_axis.first[z];
     for (int r = 0; r < n; r++) t.shift[r] = y_axis.first[y + r] - y_first, t.y_count[r] = y_axis.count[y + r];

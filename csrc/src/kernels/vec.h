@@ -17,9 +17,16 @@ using Real = double;
 #else
 using Real = float;
 #endif
-template <int size> struct IntOf;
-template <> struct IntOf<4> { using type = int32_t; };
-template <> struct IntOf<8> { using type = int64_t; };
+template <int size>
+struct IntOf;
+template <>
+struct IntOf<4> {
+    using type = int32_t;
+};
+template <>
+struct IntOf<8> {
+    using type = int64_t;
+};
 using Int = IntOf<sizeof(Real)>::type;
 
 constexpr bool is_double = sizeof(Real) == 8;
@@ -100,9 +107,9 @@ NBHD_INLINE Vec exp2(Vec x) {
         const Vec shift = splat(Real(6755399441055744.0)); // 1.5 * 2^52: adding it rounds to an integer
         const Vec t = x + shift, f = (x - (t - shift)) * splat(Real(0.6931471805599453094));
         Vec p = splat(Real(1.0 / 6227020800.0));
-        constexpr double inverse_factorial[] = {1.0,           1.0,           1.0 / 2,        1.0 / 6,      1.0 / 24,
-                                                1.0 / 120,     1.0 / 720,     1.0 / 5040,     1.0 / 40320,  1.0 / 362880,
-                                                1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
+        constexpr double inverse_factorial[] = {
+            1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,      1.0 / 720,
+            1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
 #pragma GCC unroll 16
         for (int i = 12; i >= 0; i--) p = fma(p, f, splat(Real(inverse_factorial[i])));
         return (Vec)((Index)p + ((Index)t << 52));
@@ -145,27 +152,36 @@ NBHD_INLINE Vec log2(Vec x) {
 }
 
 // Element i of a two-vector shuffle is taken from `a` (index below lanes) or `b`; the index is a constant expression in i.
-template <int... i> struct Sequence {};
-template <int n, int... i> struct Count : Count<n - 1, n - 1, i...> {};
-template <int... i> struct Count<0, i...> { using type = Sequence<i...>; };
+template <int... i>
+struct Sequence {};
+template <int n, int... i>
+struct Count : Count<n - 1, n - 1, i...> {};
+template <int... i>
+struct Count<0, i...> {
+    using type = Sequence<i...>;
+};
 using EachLane = Count<lanes>::type;
 
 // Exchanges the off-diagonal blocks of `half` elements: the step of a transpose that is one instruction at 64 bits and above.
-template <int half, int... i> NBHD_INLINE void exchange(Vec &a, Vec &b, Sequence<i...>) {
+template <int half, int... i>
+NBHD_INLINE void exchange(Vec &a, Vec &b, Sequence<i...>) {
     const Vec low = __builtin_shufflevector(a, b, ((i & half) ? i - half + lanes : i)...);
     const Vec high = __builtin_shufflevector(a, b, ((i & half) ? i + lanes : i + half)...);
     a = low, b = high;
 }
 // a0 b0 a1 b1 and a2 b2 a3 b3 in each block of four; then the same for pairs.
-template <int... i> NBHD_INLINE void interleave(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
+template <int... i>
+NBHD_INLINE void interleave(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
     low = __builtin_shufflevector(a, b, ((i & ~3) + (i >> 1 & 1) + (i & 1) * lanes)...);
     high = __builtin_shufflevector(a, b, ((i & ~3) + (i >> 1 & 1) + 2 + (i & 1) * lanes)...);
 }
-template <int... i> NBHD_INLINE void interleave_pairs(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
+template <int... i>
+NBHD_INLINE void interleave_pairs(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
     low = __builtin_shufflevector(a, b, ((i & ~3) + (i & 1) + (i >> 1 & 1) * lanes)...);
     high = __builtin_shufflevector(a, b, ((i & ~3) + (i & 1) + 2 + (i >> 1 & 1) * lanes)...);
 }
-template <int half> NBHD_INLINE void exchange_all(Vec *r) {
+template <int half>
+NBHD_INLINE void exchange_all(Vec *r) {
     if constexpr (half < lanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; i++)

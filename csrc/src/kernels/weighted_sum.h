@@ -15,18 +15,18 @@
 namespace nbhd::NBHD_ISA {
 
 struct WeightedSum {
-    const Real *weights;     // [row][slot][lane]
-    int64_t weights_row;     // from a query row to the next
-    int64_t step;            // of a weight from a key to the next
-    const Real *values;      // ring rows of [key][width]
+    const Real *weights; // [row][slot][lane]
+    int64_t weights_row; // from a query row to the next
+    int64_t step;        // of a weight from a key to the next
+    const Real *values;  // ring rows of [key][width]
     int64_t ring_row;
-    int width;               // channels of a packed token
+    int width; // channels of a packed token
     const RowTile *rows;
-    const int *first, *end;  // keys of each column
-    int lane, lane_step;     // of the columns
-    const Real *normaliser;  // [row][lane] factor of each query, or null
-    Real factor;             // of every query
-    Real *out;               // [row][column][channel]
+    const int *first, *end; // keys of each column
+    int lane, lane_step;    // of the columns
+    const Real *normaliser; // [row][lane] factor of each query, or null
+    Real factor;            // of every query
+    Real *out;              // [row][column][channel]
     int64_t out_row, out_column;
 };
 
@@ -37,15 +37,16 @@ constexpr int columns_for(int rows) {
 }
 
 // The columns of a block: each one's keys [first, last) of a row, and where the weight of (its lane, key 0) lies.
-template <int columns> struct Columns {
+template <int columns>
+struct Columns {
     int first[columns], last[columns];
     int64_t weight[columns];
 };
 
 // Keys [from, to) of one key row. `active(q)` says, at compile time or not, whether column q sees the key.
 template <int begin, int end, int columns, int vectors, int rows, class Active>
-NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int64_t step,
-                         int key, const Real *values, Active active) {
+NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c,
+                         int64_t step, int key, const Real *values, Active active) {
     Vec v[vectors];
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; i++) v[i] = load(values + i * lanes), keep(v[i]);
@@ -64,8 +65,8 @@ NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *we
 // One key row, seen by query rows [begin, end). `sliding`: each column's keys start and end one after its neighbour's, so
 // that the head and the tail of the union are triangles known at compile time.
 template <int begin, int end, int columns, int vectors, bool sliding, int rows>
-NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c, int64_t step,
-                             int width, const Real *values) {
+NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const *weights, const Columns<columns> &c,
+                             int64_t step, int width, const Real *values) {
     const auto every = [](int) { return true; };
     const int first = c.first[0], last = c.last[columns - 1];
     if constexpr (sliding) {
@@ -73,7 +74,8 @@ NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const
 #pragma GCC unroll 8
         for (int i = 0; i < columns - 1; i++, v += width)
             sum_key<begin, end>(a, weights, c, step, first + i, v, [i](int q) { return q <= i; });
-        for (int k = first + columns - 1; k < last - (columns - 1); k++, v += width) sum_key<begin, end>(a, weights, c, step, k, v, every);
+        for (int k = first + columns - 1; k < last - (columns - 1); k++, v += width)
+            sum_key<begin, end>(a, weights, c, step, k, v, every);
 #pragma GCC unroll 8
         for (int i = 0; i < columns - 1; i++, v += width)
             sum_key<begin, end>(a, weights, c, step, last - (columns - 1) + i, v, [i](int q) { return q > i; });
@@ -90,7 +92,8 @@ NBHD_INLINE void sum_key_row(Vec (&a)[rows][columns][vectors], const Real *const
 }
 
 // `columns` query columns from lane `l`, `vectors` vectors of channels from channel c0.
-template <int rows, int columns, int vectors, bool sliding> static void sum_block(const WeightedSum &sum, int l, int c0) {
+template <int rows, int columns, int vectors, bool sliding>
+static void sum_block(const WeightedSum &sum, int l, int c0) {
     const WeightedSum s = sum; // a copy that no store can alias
     const RowTile &t = *s.rows;
     Vec a[rows][columns][vectors];
@@ -118,12 +121,13 @@ template <int rows, int columns, int vectors, bool sliding> static void sum_bloc
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) weights[r] = base[r] + slot;
         switch (key->begin * 8 + key->end) {
-#define NBHD_ROWS(b, e)                                                                                                        \
-    case b * 8 + e:                                                                                                            \
-        if constexpr (e <= rows) sum_key_row<b, e, columns, vectors, sliding>(a, weights, c, s.step, s.width, values);         \
+#define NBHD_ROWS(b, e)                                                                                                \
+    case b * 8 + e:                                                                                                    \
+        if constexpr (e <= rows) sum_key_row<b, e, columns, vectors, sliding>(a, weights, c, s.step, s.width, values); \
         break;
-            NBHD_ROWS(0, 1) NBHD_ROWS(0, 2) NBHD_ROWS(1, 2) NBHD_ROWS(0, 3) NBHD_ROWS(1, 3) NBHD_ROWS(2, 3)
-            NBHD_ROWS(0, 4) NBHD_ROWS(1, 4) NBHD_ROWS(2, 4) NBHD_ROWS(3, 4)
+            NBHD_ROWS(0, 1)
+            NBHD_ROWS(0, 2) NBHD_ROWS(1, 2) NBHD_ROWS(0, 3) NBHD_ROWS(1, 3) NBHD_ROWS(2, 3) NBHD_ROWS(0, 4)
+                NBHD_ROWS(1, 4) NBHD_ROWS(2, 4) NBHD_ROWS(3, 4)
 #undef NBHD_ROWS
         }
     }
@@ -139,13 +143,15 @@ template <int rows, int columns, int vectors, bool sliding> static void sum_bloc
         }
 }
 
-template <int rows, int columns, bool sliding> static void sum_columns(const WeightedSum &s, int l) {
+template <int rows, int columns, bool sliding>
+static void sum_columns(const WeightedSum &s, int l) {
     int c = 0;
     for (; c + 2 * lanes <= s.width; c += 2 * lanes) sum_block<rows, columns, 2, sliding>(s, l, c);
     if (c < s.width) sum_block<rows, columns, 1, sliding>(s, l, c);
 }
 
-template <int rows> static void sum_rows(const WeightedSum &s, int n) {
+template <int rows>
+static void sum_rows(const WeightedSum &s, int n) {
     constexpr int columns = columns_for(rows);
     int l = 0;
     for (; l + columns <= n; l += columns) {
@@ -163,14 +169,17 @@ static void weighted_sum(const WeightedSum &s, int n) {
     case 1: sum_rows<1>(s, n); break;
     case 2: sum_rows<2>(s, n); break;
     case 3: sum_rows<3>(s, n); break;
-    case 4: if constexpr (tile_rows > 3) sum_rows<4>(s, n); break;
+    case 4:
+        if constexpr (tile_rows > 3) sum_rows<4>(s, n);
+        break;
     }
 }
 
 // The same into a tensor of any element type: straight where its vectors are whole Reals, else through `buffer`
 // [tile_rows][lanes][width].
 template <class T>
-static void weighted_sum_to(WeightedSum &s, int n, T *out, int64_t out_row, int64_t out_column, int channels, Real *buffer) {
+static void weighted_sum_to(WeightedSum &s, int n, T *out, int64_t out_row, int64_t out_column, int channels,
+                            Real *buffer) {
     if constexpr (sizeof(T) == sizeof(Real)) {
         if (channels == s.width) {
             s.out = (Real *)out, s.out_row = out_row, s.out_column = out_column;
