@@ -60,6 +60,7 @@ def test_what_was_set_is_told_back():
     assert v0_21.get_memory_usage_preference() == "default" and v0_21.is_memory_usage_default()
     v0_21.set_memory_usage_preference("strict")
     assert v0_21.is_memory_usage_strict() and not v0_21.is_memory_usage_unrestricted()
+    assert v0_21.get_memory_usage_preference() == v0_21.context.MemoryUsagePreference.Strict
     v0_21.allow_flex_compile(True, True)
     assert v0_21.is_flex_compile_allowed() and v0_21.is_flex_compile_backprop_allowed()
     v0_21.disable_flex_compile()

@@ -74,8 +74,8 @@ class NattenContext:
         _settings.reset()
 
 
-class MemoryUsagePreference(enum.Enum):
-    """The three preferences."""
+class MemoryUsagePreference(enum.StrEnum):
+    """The three preferences; each equals its name as a string."""
 
     Default = "default"
     Strict = "strict"
