@@ -206,6 +206,15 @@ def test_recipe_is_shown_copied_and_checked(nbhd: Run, tmp_path: Path) -> None:
     assert "imagenette128_nat: fine" in run.stdout
 
 
-@pytest.mark.parametrize("arguments", [["copy"], ["check"], ["show"], ["list", "x"], ["copy", "a", "b"], ["show", "x"]])
+def test_every_key_is_explained(nbhd: Run) -> None:
+    said = nbhd("recipes", "keys").stdout
+    for line in load_recipe("cifar10_quick").to_yaml().splitlines():
+        if line.startswith("  "):
+            assert f"\n  {line.strip().partition(':')[0]} (" in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [["keys", "x"], ["copy"], ["check"], ["show"], ["list", "x"], ["copy", "a", "b"], ["show", "x"]]
+)
 def test_wrong_call_of_recipes_is_refused(arguments: list[str], nbhd: Run) -> None:
     assert refused(nbhd("recipes", *arguments)).startswith("nbhd: ")

@@ -13,8 +13,9 @@ import pytest
 
 from nbhd.errors import ArgumentError, FileError
 from nbhd.tasks import datasets
-from nbhd.tasks.datasets import check_labels_fit, first_rows, open_images
+from nbhd.tasks.datasets import first_rows, open_images
 from nbhd.tasks.decoded import decode_all
+from nbhd.tasks.labels import check_labels_fit
 from tests.pictures import encode, noise
 
 IMAGENETTE48 = Path(__file__).parent.parent / "data" / "imagenette48"

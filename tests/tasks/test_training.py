@@ -16,7 +16,8 @@ from nbhd.models.nat import NatConfig, NatForImageClassification
 from nbhd.tasks.recipe_sections import ScheduleSection
 from nbhd.tasks.recipes import load_recipe, parse_recipe
 from nbhd.tasks.runs import MARKER, check_same_recipe, draw_curves, last_checkpoint, prepare_output
-from nbhd.tasks.training import EpochSampler, lr_factor, parameter_groups, size_at, training_arguments
+from nbhd.tasks.schedule import EpochSampler, lr_factor, size_at
+from nbhd.tasks.training import parameter_groups, training_arguments
 
 # Schedule and order
 

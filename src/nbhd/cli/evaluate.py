@@ -65,6 +65,8 @@ def evaluate(
       nbhd evaluate --data imagenette128/
       nbhd evaluate --model runs/1 --data photos/ --split test --format json > results.json
     """
+    from transformers.utils import logging as transformers_logging
+
     from nbhd._files import write_whole
     from nbhd.tasks.checkpoints import load_classifier
     from nbhd.tasks.classification.evaluate import evaluate_images, open_for_model
@@ -74,6 +76,8 @@ def evaluate(
     as_json = format is Format.json or (format is None and output is not None and output.suffix == ".json")
     if output is not None and not output.parent.is_dir():
         raise FileError(f"--output {output}: the folder {output.parent} does not exist. Create it first.")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     loaded = load_classifier(model, resolve_device(device))
     table = open_for_model(loaded, data, split, image_column=image_column, label_column=label_column)
     result = evaluate_images(

@@ -23,6 +23,7 @@ class Action(StrEnum):
     show = "show"
     copy = "copy"
     check = "check"
+    keys = "keys"
 
 
 class Format(StrEnum):
@@ -43,11 +44,11 @@ def recipes(
     ] = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="With list: how.")] = Format.table,
 ) -> None:
-    r"""List the training recipes with their results; show, copy or check them.
+    r"""List the training recipes with their results; show, copy or check them; explain their keys.
 
     A recipe is a YAML file with the sections model, data, augment, optim, schedule, eval and run. `show` prints one
     with every default spelled out, `copy` puts one (comments and all) where it can be edited, `check` says what is
-    wrong with one without running it.
+    wrong with one without running it, `keys` lists every key with its default and its meaning.
 
     \b
     Examples:
@@ -56,6 +57,11 @@ def recipes(
       nbhd recipes copy imagenette128_nat --output my.yaml
       nbhd recipes check my.yaml
     """
+    if action is Action.keys:
+        if names:
+            raise ArgumentError(f"`nbhd recipes keys` takes no names, got {names[0]!r}.")
+        _keys()
+        return
     if action is Action.list:
         if names:
             raise ArgumentError(
@@ -91,6 +97,24 @@ def _list(format: Format) -> None:
     ]
     for name, title, expected, reproduced in columns:
         sys.stdout.write(f"{name}\n    {title}\n    expected: {expected}\n    reproduced: {reproduced}\n")
+
+
+def _keys() -> None:
+    import dataclasses
+
+    import yaml
+
+    from nbhd.tasks.recipe_sections import SECTIONS, Recipe
+
+    recipe = Recipe()
+    for name in SECTIONS:
+        section = getattr(recipe, name)
+        sys.stdout.write(f"{name}: {(type(section).__doc__ or '').strip()}\n")
+        for field in dataclasses.fields(section):
+            default = (
+                yaml.safe_dump(getattr(section, field.name), default_flow_style=True).removesuffix("\n...\n").strip()
+            )
+            sys.stdout.write(f"  {field.name} ({default}): {field.metadata['doc']}\n")
 
 
 def _show(name: str) -> None:

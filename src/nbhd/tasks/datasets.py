@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nbhd.errors import ArgumentError, FileError, MissingExtra
+from nbhd.errors import FileError, MissingExtra
 from nbhd.tasks.images import decode_image
+from nbhd.tasks.labels import number_labels, some
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 SPLIT_ALIASES = {
@@ -204,7 +205,7 @@ class _ParquetImages(ImageTable):
             raise FileError(f"{where}: column {image_column!r} holds {column.type}, not encoded images")
         declared = _declared_classes(table.schema, label_column)
         raw = table.column(label_column).to_pylist()
-        self.labels, self.class_names = _number_labels(raw, declared, class_names, where, label_column)
+        self.labels, self.class_names = number_labels(raw, declared, class_names, where, label_column)
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -240,38 +241,6 @@ def _declared_classes(schema: Any, label_column: str) -> list[str] | None:
         return None
 
 
-def _number_labels(
-    raw: Sequence[Any], declared: Sequence[str] | None, wanted: Sequence[str] | None, where: str, column: str
-) -> tuple[np.ndarray, list[str]]:
-    """Class numbers and names from a column of numbers or names. ``wanted`` fixes the order of the names."""
-    missing = next((row for row, label in enumerate(raw) if label is None), None)
-    if missing is not None:
-        raise FileError(f"{where}: row {missing} has no label in column {column!r}")
-    if all(isinstance(label, str) for label in raw):
-        names = list(wanted) if wanted is not None else list(declared or sorted(set(raw)))
-        number = {name: i for i, name in enumerate(names)}
-        unknown = sorted(set(raw) - set(names))
-        if unknown:
-            raise FileError(f"{where}: labels {_some(unknown)} are not among the {len(names)} classes: {_some(names)}")
-        return np.array([number[label] for label in raw], dtype=np.int64), names
-    if not all(isinstance(label, int) for label in raw):
-        kinds = sorted({type(label).__name__ for label in raw})
-        raise FileError(f"{where}: column {column!r} must hold class numbers or names, got {', '.join(kinds)}")
-    labels = np.array(raw, dtype=np.int64)
-    names = list(declared or wanted or [str(i) for i in range(int(labels.max()) + 1)])
-    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(bad):
-        raise FileError(
-            f"{where}: row {bad[0]} has label {labels[bad[0]]}, outside the {len(names)} classes 0..{len(names) - 1}"
-        )
-    if wanted is not None and declared is not None and list(wanted) != list(declared):
-        if sorted(wanted) != sorted(declared):
-            raise FileError(f"{where} has the classes {_some(declared)}, expected {_some(wanted)}")
-        order = np.array([list(wanted).index(name) for name in declared])
-        return order[labels], list(wanted)
-    return labels, names
-
-
 # -------------------------------------------------------------------------------------------------------- folders
 
 
@@ -299,8 +268,8 @@ class _FolderImages(ImageTable):
         unknown = sorted(set(found) - set(self.class_names))
         if unknown:
             raise FileError(
-                f"{base}: folders {_some(unknown)} are not among the {len(self.class_names)} classes: "
-                f"{_some(self.class_names)}"
+                f"{base}: folders {some(unknown)} are not among the {len(self.class_names)} classes: "
+                f"{some(self.class_names)}"
             )
         number = {name: i for i, name in enumerate(self.class_names)}
         self._files = [file for name in found for file in files[name]]
@@ -363,7 +332,7 @@ class _HubImages(ImageTable):
         self._column = image_column
         declared = getattr(table.features[label_column], "names", None)
         raw = list(table[label_column])
-        self.labels, self.class_names = _number_labels(raw, declared, class_names, where, label_column)
+        self.labels, self.class_names = number_labels(raw, declared, class_names, where, label_column)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -384,37 +353,6 @@ def first_rows(table: ImageTable, limit: int | None) -> ImageTable:
     if limit is None or limit >= len(table):
         return table
     return Rows(table, np.sort(np.random.default_rng(0).permutation(len(table))[:limit]))
-
-
-def check_labels_fit(table: ImageTable, model_classes: Sequence[str], model: str) -> None:
-    """Raise `ArgumentError` unless the table numbers its labels as the model does.
-
-    Classes without names (``0``, ``1``, ... or ``LABEL_0``, ...) on either side are compared by their number alone.
-    """
-    classes = table.class_names
-    if int(table.labels.max(initial=0)) >= len(model_classes) or len(classes) > len(model_classes):
-        raise ArgumentError(
-            f"{table.where} has {len(classes)} classes ({_some(classes)}), but the model {model} has "
-            f"{len(model_classes)} ({_some(model_classes)}). Evaluate on data with the model's classes, or train a "
-            "model on these."
-        )
-    named = not (only_numbers(classes) or only_numbers(model_classes))
-    if named and list(classes) != list(model_classes)[: len(classes)]:
-        wrong = next(i for i, name in enumerate(classes) if name != model_classes[i])
-        raise ArgumentError(
-            f"{table.where} calls class {wrong} {classes[wrong]!r}, but the model {model} calls it "
-            f"{model_classes[wrong]!r}. Evaluate on data whose classes have the model's names in the model's order."
-        )
-
-
-def only_numbers(names: Sequence[str]) -> bool:
-    """Whether classes have no names but numbers: ``0``, ``1``, ... or ``LABEL_0``, ...."""
-    return all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names)
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(map(str, names[:most]))
-    return shown + (f", ... ({len(names)})" if len(names) > most else "")
 
 
 def _one_line(error: BaseException) -> str:

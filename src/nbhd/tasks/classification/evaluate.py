@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from nbhd.errors import FileError
 from nbhd.tasks.checkpoints import Loaded
-from nbhd.tasks.datasets import ImageTable, check_labels_fit, only_numbers, open_images
+from nbhd.tasks.datasets import ImageTable, open_images
+from nbhd.tasks.labels import check_labels_fit, only_numbers
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor, list[str]]  # [B, 3, X, Y], [B] class numbers, failures
 

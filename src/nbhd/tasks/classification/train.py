@@ -26,7 +26,8 @@ from nbhd.tasks.decoded import DecodedImages, decode_all, report_failures
 from nbhd.tasks.devices import resolve_device
 from nbhd.tasks.recipe_sections import ModelSection, Recipe
 from nbhd.tasks.runs import check_same_recipe, draw_curves, last_checkpoint, machine_facts, prepare_output
-from nbhd.tasks.training import Key, TaskTrainer, quiet_transformers, size_at, training_arguments
+from nbhd.tasks.schedule import Key, size_at
+from nbhd.tasks.training import TaskTrainer, quiet_transformers, training_arguments
 from nbhd.tasks.transforms import BatchAugment, normalise, random_crop, resize_for_eval, shrink_to
 
 CACHE_LIMIT_BYTES = 4_000_000_000
@@ -341,8 +342,10 @@ def export(model: nn.Module, recipe: Recipe, output: Path) -> None:
         # config.json keeps dtype float32, so that half-precision files are still loaded and run in float32.
         model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
         NatImageProcessor(**processor_settings(recipe)).save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
-            shutil.move(path, output / path.name)
+        # The weights last: where they are, everything is.
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            with path.open("rb") as source, write_whole(output / path.name) as stream:
+                shutil.copyfileobj(source, stream)
 
 
 def processor_settings(recipe: Recipe) -> dict[str, Any]:
