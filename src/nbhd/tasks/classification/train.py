@@ -349,6 +349,7 @@ def export(model: nn.Module, recipe: Recipe, output: Path) -> None:
 
 
 def processor_settings(recipe: Recipe) -> dict[str, Any]:
+    """What the image processor beside the model is told, so that it prepares a picture as the evaluation here does."""
     from nbhd.tasks.transforms import RESAMPLE
 
     data = recipe.data
