@@ -15,7 +15,14 @@ from nbhd.errors import ArgumentError, CheckpointError
 from nbhd.models.nat import NatConfig, NatForImageClassification
 from nbhd.tasks.recipe_sections import ScheduleSection
 from nbhd.tasks.recipes import load_recipe, parse_recipe
-from nbhd.tasks.runs import MARKER, check_same_recipe, draw_curves, last_checkpoint, prepare_output
+from nbhd.tasks.runs import (
+    MARKER,
+    check_same_recipe,
+    draw_curves,
+    last_checkpoint,
+    prepare_output,
+    remove_old_checkpoints,
+)
 from nbhd.tasks.schedule import EpochSampler, lr_factor, size_at
 from nbhd.tasks.training import parameter_groups, training_arguments
 
@@ -120,6 +127,19 @@ def test_last_checkpoint_is_the_newest_complete_one(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         (tmp_path / "checkpoints" / f"checkpoint-{step}" / MARKER).write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-100"
+
+
+def test_old_checkpoints_go_and_the_newest_complete_ones_stay(tmp_path: Path) -> None:
+    for step in (9, 10, 100, 200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old_checkpoints(tmp_path, 1)
+    assert len(list(tmp_path.iterdir())) == 4, "none is complete"
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}" / MARKER).write_text("{}")
+    remove_old_checkpoints(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-100", "checkpoint-200"}
+    remove_old_checkpoints(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100", "checkpoint-200"}
 
 
 def test_resuming_with_another_recipe_names_what_differs(tmp_path: Path) -> None:

@@ -20,11 +20,25 @@ MARKER = "nbhd_state.json"  # written last into a checkpoint: without it the che
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint of a run's folder."""
-    found = [
-        (int(marker.parent.name.rpartition("-")[2]), marker.parent)
-        for marker in output.glob(f"checkpoints/checkpoint-*/{MARKER}")
-    ]
-    return max(found)[1] if found else None
+    complete = [folder for folder in _by_step(output / "checkpoints") if (folder / MARKER).is_file()]
+    return complete[-1] if complete else None
+
+
+def remove_old_checkpoints(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` complete checkpoints, and incomplete ones that are older than these."""
+    folders = _by_step(checkpoints)
+    complete = [folder for folder in folders if (folder / MARKER).is_file()]
+    oldest = complete[-keep:][0] if complete else None
+    for folder in folders[: folders.index(oldest)] if oldest is not None else []:
+        # The marker first: what is left of a removal that was cut short must not pass for a checkpoint.
+        (folder / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _by_step(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    numbered = [(folder.name.rpartition("-")[2], folder) for folder in checkpoints.glob("checkpoint-*")]
+    return [folder for _, folder in sorted((int(step), folder) for step, folder in numbered if step.isdigit())]
 
 
 def prepare_output(output: Path, *, resume: bool, overwrite: bool) -> None:

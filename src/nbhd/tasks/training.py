@@ -29,7 +29,7 @@ from nbhd._files import write_json
 from nbhd.errors import ArgumentError, MissingExtra
 from nbhd.tasks.devices import available_devices
 from nbhd.tasks.recipe_sections import Recipe
-from nbhd.tasks.runs import MARKER
+from nbhd.tasks.runs import MARKER, remove_old_checkpoints
 from nbhd.tasks.schedule import EpochSampler, lr_factor, size_at
 
 EMA_FILE = "ema.safetensors"
@@ -211,6 +211,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
                 save_file({name: value.cpu().contiguous() for name, value in self._ema.items()}, folder / EMA_FILE)
             state = {"history": self.history, "loss_sum": totals[0], "loss_count": totals[1], "seconds": self._seconds}
             write_json(folder / MARKER, state)
+            remove_old_checkpoints(folder.parent, self.recipe.run.keep_checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
@@ -364,7 +365,7 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         eval_strategy="no",  # _Hooks asks for it
         save_strategy="steps" if run.save_every_steps else "epoch",
         save_steps=run.save_every_steps or 500,
-        save_total_limit=max(2, run.keep_checkpoints),  # the newest is not complete while it is written
+        save_total_limit=None,  # rotated by _save_checkpoint once the newest is complete
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
     },
     "optim": {"lr": 0.003, "batch_size": 20, "device_batch_size": 10, "ema_decay": 0.9, "clip_grad_norm": 1.0},
     "schedule": {"epochs": 3, "warmup_epochs": 1, "image_sizes": [[0, 32], [2, 48]]},
-    "run": {"device": "cpu", "save_every_steps": 3, "save_dtype": "float16"},
+    "run": {"device": "cpu", "save_every_steps": 3, "save_dtype": "float16", "keep_checkpoints": 2},
 }  # fmt: skip
 
 
@@ -77,6 +77,9 @@ def test_result_is_a_model_folder_with_everything_beside_it(unbroken: Path) -> N
         "curves.png", "checkpoints",
     }  # fmt: skip
     assert load_recipe(unbroken / "recipe.yaml") == small()
+    kept = {path.name for path in (unbroken / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-9", "checkpoint-12"}
+    assert (unbroken / "model.safetensors").stat().st_mode & 0o777 == (unbroken / "config.json").stat().st_mode & 0o777
 
 
 def test_half_precision_file_is_loaded_and_run_in_float32(unbroken: Path) -> None:
