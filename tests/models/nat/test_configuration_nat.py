@@ -74,7 +74,7 @@ def test_arguments_come_in_the_order_of_4_40_2() -> None:
         {"kernel_size": 1},
         {"out_features": ["stem", "stage2"]},
     ],
-    ids=str,
+    ids=lambda settings: "-".join(settings),
 )
 def test_what_4_40_2_took_still_runs(settings: dict[str, Any]) -> None:
     model = NatModel(NatConfig(**(SMALL | settings))).eval()
