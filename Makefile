@@ -2,8 +2,8 @@
 #
 #   make demo     classify a handful of photographs, offline
 #   make test     the tests
-#   make check    lint, format, types, import contracts; C++ format, sanitizers
-#   make native   the C++ core alone, with its tests
+#   make check    lint, format, types, import contracts, C++ format
+#   make native   the C++ core alone, with its tests (make sanitize: the same under sanitizers)
 #   make wheel    the wheel and the source distribution, in dist/
 #   make bench    time the operator against its peers
 #
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-floor check native wheel bench format clean
+.PHONY: demo test test-floor check native sanitize wheel bench format clean
 
 demo: $(VENV)/.base
 	$(BIN)/nbhd classify examples/photos
@@ -35,13 +35,16 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
-	$(BIN)/python csrc/tests/check.py
 
 # The core alone, and its own tests: every option against loops, 10,000 random geometries, hostile arguments, threads.
 native: $(VENV)/.dev
 	$(BIN)/cmake -S . -B build/cpu -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release
 	$(BIN)/cmake --build build/cpu
 	$(BIN)/ctest --test-dir build/cpu --output-on-failure
+
+# The same tests under the address, undefined-behaviour and thread sanitizers. Minutes of compilation.
+sanitize: $(VENV)/.dev
+	$(BIN)/python csrc/tests/check.py
 
 wheel: $(VENV)/.dev
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""Build the C++ tests under the sanitizers and run them: part of ``make check``.
+"""Build the C++ tests under the sanitizers and run them: ``make sanitize``.
 
     python csrc/tests/check.py [build folder = build/check]
 
