@@ -115,6 +115,8 @@ def test_a_reader_that_leaves_early_is_no_error(many: Path, tiny_model: Path) ->
 
 def test_interrupted(many: Path, tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
+    for i in range(600, 20_000):  # so much that it cannot be done before the signal comes, however late that is
+        (many / f"{i:05}.png").symlink_to("../one.png")
     command = [*classify(many, tiny_model), "-o", str(out), "--batch-size", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         # the temporary file appears when the model is loaded and the work begins
