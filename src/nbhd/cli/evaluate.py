@@ -13,6 +13,7 @@ import typer
 from nbhd._text import pad, printable, width
 from nbhd.cli._console import note, track
 from nbhd.cli._errors import SOME_INPUTS_FAILED
+from nbhd.cli._threads import let_others_run
 from nbhd.errors import FileError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def evaluate(
       nbhd evaluate --data imagenette128/
       nbhd evaluate --model runs/1 --data photos/ --split test --format json > results.json
     """
+    let_others_run()
     from transformers.utils import logging as transformers_logging
 
     from nbhd._files import write_whole

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nbhd.cli._threads import let_others_run
 from nbhd.errors import ArgumentError
 
 
@@ -47,6 +48,7 @@ def train(
     """
     if resume and overwrite:
         raise ArgumentError("--resume goes on with a run and --overwrite starts it anew. Give one of them.")
+    let_others_run()
     from nbhd.tasks.recipes import load_recipe
 
     if config is None:
