@@ -155,8 +155,8 @@ NBHD_INLINE void add_span(Vec (&a)[gradient_block][vectors], int low, int high, 
         break;
 #define NBHD_CASES(high)                                                                                               \
     NBHD_CASE(0, high)                                                                                                 \
-    NBHD_CASE(1, high) NBHD_CASE(2, high) NBHD_CASE(3, high) NBHD_CASE(4, high) NBHD_CASE(5, high) NBHD_CASE(6, high)  \
-        NBHD_CASE(7, high)
+    NBHD_CASE(1, high)                                                                                                 \
+    NBHD_CASE(2, high) NBHD_CASE(3, high) NBHD_CASE(4, high) NBHD_CASE(5, high) NBHD_CASE(6, high) NBHD_CASE(7, high)
         NBHD_CASES(1) NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
 #undef NBHD_CASES
 #undef NBHD_CASE
@@ -241,10 +241,16 @@ static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int 
         break;
 #define NBHD_CASES(n) NBHD_CASE(n, 0, 0) NBHD_CASE(n, 0, 1) NBHD_CASE(n, 1, 0) NBHD_CASE(n, 1, 1)
         NBHD_CASES(1)
-        NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
+        NBHD_CASES(2)
+        NBHD_CASES(3)
+        NBHD_CASES(4)
+        NBHD_CASES(5)
+        NBHD_CASES(6)
+        NBHD_CASES(7)
+        NBHD_CASES(8)
 #undef NBHD_CASES
 #undef NBHD_CASE
-            default : add_rows<vectors>(g, b, row, weights, v);
+    default: add_rows<vectors>(g, b, row, weights, v);
     }
 }
 

@@ -126,8 +126,10 @@ static void sum_block(const WeightedSum &sum, int l, int c0) {
         if constexpr (e <= rows) sum_key_row<b, e, columns, vectors, sliding>(a, weights, c, s.step, s.width, values); \
         break;
             NBHD_ROWS(0, 1)
-            NBHD_ROWS(0, 2) NBHD_ROWS(1, 2) NBHD_ROWS(0, 3) NBHD_ROWS(1, 3) NBHD_ROWS(2, 3) NBHD_ROWS(0, 4)
-                NBHD_ROWS(1, 4) NBHD_ROWS(2, 4) NBHD_ROWS(3, 4)
+            NBHD_ROWS(0, 2)
+            NBHD_ROWS(1, 2)
+            NBHD_ROWS(0, 3)
+            NBHD_ROWS(1, 3) NBHD_ROWS(2, 3) NBHD_ROWS(0, 4) NBHD_ROWS(1, 4) NBHD_ROWS(2, 4) NBHD_ROWS(3, 4)
 #undef NBHD_ROWS
         }
     }
