@@ -69,7 +69,6 @@ def _bias_gradient(bias: Tensor | None, like: Tensor) -> Tensor:
 
 
 # ---- forward and backward
-# ----------------------------------------------------------------------------------------------
 
 
 def _na_forward(
@@ -268,7 +267,6 @@ def _differentiate(first_order: Any, inputs: list[Grad], gradients: Sequence[Gra
 
 
 # ---- the unfused pair
-# --------------------------------------------------------------------------------------------------
 
 
 def _unfused(name: str, backend: str, call: backends.Call) -> Any:
