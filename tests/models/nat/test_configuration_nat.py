@@ -144,6 +144,13 @@ def test_changes_after_construction_are_checked_when_a_model_is_built() -> None:
     ("nat_tiny", 27_901_582, 27_388_582, 529),
     ("nat_small", 50_743_297, 49_974_297, 559),
     ("nat_base", 89_769_652, 88_744_652, 559),
+    ("dinat_mini", 19_984_174, 19_471_174, 325),
+    ("dinat_tiny", 27_901_582, 27_388_582, 529),
+    ("dinat_small", 50_719_681, 49_950_681, 529),
+    ("dinat_base", 89_769_652, 88_744_652, 559),
+    ("dinat_large", 200_943_514, 199_406_514, 529),
+    ("dinat_large_384", 200_943_514, 199_406_514, 529),
+    ("dinat_large_384_11x11", 201_144_250, 199_607_250, 529),
 ])  # fmt: skip
 def test_variants_have_the_published_number_of_parameters(name: str, parameters: int, base: int, tensors: int) -> None:
     with torch.device("meta"):
@@ -151,6 +158,15 @@ def test_variants_have_the_published_number_of_parameters(name: str, parameters:
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(p.numel() for p in model.nat.parameters()) == base
     assert len(model.state_dict()) == tensors
+
+
+def test_every_second_layer_of_a_dinat_is_dilated_but_in_the_last_stage() -> None:
+    assert NatConfig.from_variant("dinat_mini").dilations == [
+        [1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1],
+    ]  # fmt: skip
+    large = NatConfig.from_variant("dinat_large_384").dilations
+    assert large == [[1, 13, 1], [1, 6, 1, 6], [1, 3] * 9, [1] * 5]
+    assert NatConfig.from_variant("nat_mini").dilations is None
 
 
 def test_variant_settings_can_be_overridden_and_are_not_shared() -> None:

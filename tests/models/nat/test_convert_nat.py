@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification
-from typer.testing import CliRunner
 
-import nbhd.models  # noqa: F401
-from nbhd.cli import app
 from nbhd.errors import ArgumentError, CheckpointError, FileError
 from nbhd.models._transformers import AutoImageProcessor
 from nbhd.models.nat import VARIANTS, NatConfig, NatForImageClassification
-from nbhd.models.nat.convert_nat import build, convert_nat, infer_config, load_original, read_labels, rename
+from nbhd.models.nat.convert_nat import build, convert_nat, read_labels
+from nbhd.models.nat.loading_nat import load_weights
+from nbhd.models.nat.original_nat import infer_config, rename, take_apart
+from tests.commands import nbhd
 from tests.fixtures.nat_reference import fill_weights
 from tests.models.nat.original import OriginalNat
 
@@ -73,11 +73,13 @@ def test_published_variants_are_recognised_and_take_every_key(name: str) -> None
             published.depths,
             published.num_heads,
             mlp_ratio=published.mlp_ratio,
+            kernel_size=published.kernel_size,
             layer_scale=published.layer_scale_init_value > 0,
         )
         expected = NatForImageClassification(published).state_dict()
 
-    config, variant = infer_config(model.state_dict())
+    resolution = "" if "384" in name else "_in1k_224"
+    config, variant = infer_config(take_apart(model.state_dict(), Path(f"{name}{resolution}.pth")))
     renamed = rename(model.state_dict())
 
     assert variant == name
@@ -156,7 +158,7 @@ def test_files_of_other_kinds_are_named(tmp_path: Path, content: bytes, suffix: 
     file = tmp_path / f"nat{suffix}"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"nat\."):
-        load_original(file)
+        load_weights(file)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -165,7 +167,7 @@ def test_truncated_file_is_named(tmp_path: Path, zipped: bool) -> None:
     whole = (tmp_path / "nat.pth").read_bytes()
     (tmp_path / "nat.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
-        load_original(tmp_path / "nat.pth")
+        load_weights(tmp_path / "nat.pth")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_truncated_file_is_named(tmp_path: Path, zipped: bool) -> None:
 def test_content_that_is_no_state_dict_is_named(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "nat.pth")
     with pytest.raises(CheckpointError, match="state dict"):
-        load_original(tmp_path / "nat.pth")
+        load_weights(tmp_path / "nat.pth")
 
 
 def test_missing_and_unexpected_and_misshapen_weights_are_named() -> None:
@@ -225,8 +227,9 @@ def test_output_must_be_new_or_empty(checkpoint: Path, tmp_path: Path) -> None:
         convert_nat(checkpoint, tmp_path / "no" / "out")
     with pytest.raises(FileError, match="does not exist"):
         convert_nat(tmp_path / "no.pth", tmp_path / "out2")
-    with pytest.raises(FileError, match="is a folder"):
-        convert_nat(tmp_path, tmp_path / "out2")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty is not a model: its config\.json is missing"):
+        convert_nat(tmp_path / "empty", tmp_path / "out2")
 
 
 def test_failure_while_writing_leaves_nothing(
@@ -259,7 +262,7 @@ def test_wrong_labels_are_named(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_command_writes_the_folder_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "out")])
+    result = nbhd("convert", checkpoint, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "out")
     assert "6 classes" in result.stderr
@@ -268,8 +271,42 @@ def test_command_writes_the_folder_and_says_so(checkpoint: Path, tmp_path: Path)
 
 def test_command_names_a_bad_file_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "nat.pth").write_bytes(b"no")
-    result = CliRunner().invoke(app, ["convert", str(tmp_path / "nat.pth"), str(tmp_path / "out")])
+    result = nbhd("convert", tmp_path / "nat.pth", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "nat.pth" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_swin_like_stems_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="DiNAT_s"):
+        infer_config(
+            {"patch_embed.proj.weight": torch.ones(8, 3, 4, 4), "layers.0.blocks.0.norm1.weight": torch.ones(8)}
+        )
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("nat_base.pth", "nat_base"),
+        ("model.pth", "nat_base"),
+        ("DiNAT-base-224.pth", "dinat_base"),
+        ("dinat.pth", "dinat_base"),
+    ],
+)
+def test_the_file_s_name_tells_a_dinat_from_a_nat_of_the_same_shapes(file: str, expected: str) -> None:
+    with torch.device("meta"):
+        weights = OriginalNat(128, [3, 4, 18, 5], [4, 8, 16, 32], mlp_ratio=2.0, layer_scale=True).state_dict()
+    assert infer_config(take_apart(weights, Path(file)))[1] == expected
+    # What the file holds knows better than its name.
+    content = {"state_dict": weights, "arch": "dinat_base", "args": argparse.Namespace(model="dinat_base")}
+    assert infer_config(take_apart(weights, Path(file), content))[1] == "dinat_base"
+
+
+def test_a_large_dinat_of_unknown_resolution_is_asked_about() -> None:
+    with torch.device("meta"):
+        weights = OriginalNat(192, [3, 4, 18, 5], [6, 12, 24, 48], mlp_ratio=2.0).state_dict()
+    assert infer_config(take_apart(weights, Path("large_224.pth")))[1] == "dinat_large"  # no NAT has these sizes
+    assert infer_config(take_apart(weights, Path("dinat_large_in22k_in1k_384.pth")))[1] == "dinat_large_384"
+    with pytest.raises(CheckpointError, match="Give them as dilations"):
+        infer_config(take_apart(weights, Path("dinat_large.pth")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import operator
+import os
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -17,6 +18,12 @@ from nbhd.models._transformers import BackboneConfigMixin
 from nbhd.models.nat.variants import VARIANTS
 
 PATCH_SIZES = (2, 4, 8)
+
+#: Arguments of ``from_pretrained`` that say where to look, not what to set.
+_DOWNLOAD_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code", "gguf_file", "_commit_hash", "_from_auto", "_from_pipeline",
+)  # fmt: skip
 
 
 class NatConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -125,6 +132,27 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         if "id2label" not in overrides:
             settings["num_labels"] = 1000
         return cls(**(settings | overrides))
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings in a folder or a hub repository, NAT's or DiNAT's, or those an original checkpoint tells."""
+        from nbhd.models.nat.loading_nat import find_file, folder_of, read_original
+        from nbhd.models.nat.original_nat import infer_config
+
+        file = find_file(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        if file is None or folder_of(file) is not None:
+            name = pretrained_model_name_or_path if file is None else file.parent
+            config_dict, kwargs = super().get_config_dict(name, **kwargs)
+            return _without_dinat(config_dict), kwargs
+        config, _ = infer_config(read_original(file), dilations=kwargs.get("dilations"))
+        return config.to_dict(), {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_ARGUMENTS}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration with these settings; those of a `DinatConfig` become a NAT's with dilations."""
+        return super().from_dict(_without_dinat(config_dict), **kwargs)
 
     def layer_dilations(self, stage: int) -> list[int]:
         """Dilation of each layer of ``stage`` (from 0)."""
@@ -246,6 +274,21 @@ def _as_list(name: str, value: Any) -> list:
             f"{name} must be a list with one entry for each stage, got {value!r}. Write e.g. [{value!r}]."
         )
     return list(value)
+
+
+def _without_dinat(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a NAT that computes what a DiNAT of transformers with these settings does."""
+    if config_dict.get("model_type") != "dinat":
+        return config_dict
+    # Where a DiNAT has no dilations it has those of its smallest model; entries beyond the depths go unread.
+    dilations = config_dict.get("dilations") or VARIANTS["dinat_mini"]["dilations"]
+    depths = config_dict.get("depths") or VARIANTS["dinat_mini"]["depths"]
+    architectures = config_dict.get("architectures")
+    return config_dict | {
+        "model_type": NatConfig.model_type,
+        "dilations": [stage[:depth] for stage, depth in zip(dilations, depths, strict=False)],
+        "architectures": architectures and [name.replace("Dinat", "Nat") for name in architectures],
+    }
 
 
 def _is_number(value: Any) -> bool:

@@ -19,6 +19,7 @@ With ``config.dilations`` it is the Dilated Neighborhood Attention Transformer (
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from nbhd.errors import ArgumentError
 from nbhd.models._transformers import BackboneMixin
 from nbhd.models.nat.configuration_nat import NatConfig
 from nbhd.models.nat.layers import NatEmbeddings, NatEncoder, NatLayer, NeighborhoodAttention
+from nbhd.models.nat.loading_nat import find_file, folder_of, read_original, weights_for
+from nbhd.models.nat.original_nat import infer_config
 
 
 @dataclass
@@ -82,12 +85,74 @@ class NatPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["NatEmbeddings", "NatLayer"]  # noqa: RUF012
+    #: What stands before the names of `NatModel`'s weights.
+    _nat_prefix = ""
 
     def __init__(self, config: NatConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        if not isinstance(config, NatConfig):
+            raise ArgumentError(
+                f"config must be a NatConfig, got a {type(config).__name__}. Make one of a DinatConfig with "
+                "NatConfig.from_dict(config.to_dict())."
+            )
         # Attributes may have changed since the configuration was made.
         config.check()
         config.check_heads()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """A model with the weights in a folder, a file or a hub repository.
+
+        Beyond what `transformers.PreTrainedModel.from_pretrained` takes (NAT folders of any age among it):
+
+        - folders and hub ids of transformers' DiNAT, which become a NAT with ``config.dilations``;
+        - state dicts of the original repository (``.pth``, with layer scale or not), or a folder that holds one:
+          of classifiers, and for `NatBackbone` of detectors and segmenters too. The configuration is told by the
+          weights. They are read with ``weights_only=True``. A DiNAT's dilations are not in its weights: give
+          ``dilations=`` where nothing else in the file or its name tells them.
+
+        Args:
+            pretrained_model_name_or_path: what to load.
+            *model_args: for the model's ``__init__``.
+            **kwargs: as in transformers: ``config``, ``dtype``, ``num_labels``, ``ignore_mismatched_sizes``, ... and
+                any argument of `NatConfig`, which wins over the checkpoint's.
+
+        Raises:
+            CheckpointError: an original checkpoint lacks weights of the NAT, has unknown ones, or is none.
+            FileError: the file cannot be read.
+            OSError: as transformers raises it, for a folder or hub id that it cannot read.
+        """
+        name = pretrained_model_name_or_path
+        if getattr(kwargs.get("config"), "model_type", None) == "dinat":
+            kwargs["config"] = NatConfig.from_dict(kwargs["config"].to_dict())
+        file = None if name is None else find_file(name, kwargs.get("subfolder", ""))
+        original = None if file is None else read_original(file)
+        folder = None if file is None else folder_of(file)
+        if original is None or (folder is not None and original.is_of_transformers):
+            # Whatever a folder calls itself: a DiNAT's names are a NAT's but for the first word.
+            kwargs["key_mapping"] = {r"^dinat\.": "nat."} | (kwargs.get("key_mapping") or {})
+            return super().from_pretrained(folder or name, *model_args, **kwargs)
+
+        config = kwargs.pop("config", None)
+        kwargs.pop("subfolder", None)
+        if config is None and folder is None:
+            config, _ = infer_config(original, dilations=kwargs.get("dilations"))
+            config, kwargs = NatConfig.from_dict(config.to_dict(), return_unused_kwargs=True, **kwargs)
+        elif not isinstance(config, NatConfig):
+            source: Any = config or folder
+            config, kwargs = NatConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        weights = weights_for(original, cls, config, cls._nat_prefix)
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=weights, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = str(name)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what was loaded from a DiNAT is a NAT now, and is saved under a NAT's names."""
+        kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -173,6 +238,7 @@ class NatForImageClassification(NatPreTrainedModel):
     # The loss is the mean over the batch for every problem type, so a Trainer that accumulates gradients has to divide
     # by the number of steps; it leaves that to models whose forward takes any keyword unless they say otherwise.
     accepts_loss_kwargs = False
+    _nat_prefix = "nat."
 
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)
