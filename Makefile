@@ -2,6 +2,7 @@
 #
 #   make demo     classify a handful of photographs, offline
 #   make test     the tests
+#   make test-hf  transformers' own common tests on our models; needs the package index
 #   make check    lint, format, types, import contracts, C++ format
 #   make native   the C++ core alone, with its tests (make sanitize: the same under sanitizers)
 #   make wheel    the wheel and the source distribution, in dist/
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-floor check native sanitize wheel bench format clean
+.PHONY: demo test test-floor test-hf check native sanitize wheel bench format clean
 
 demo: $(VENV)/.base
 	$(BIN)/nbhd classify examples/photos
@@ -28,6 +29,11 @@ test: $(VENV)/.dev
 # The oldest libraries that are supported, in an environment of its own. TORCH=torch==2.6.0 takes the oldest PyTorch too.
 test-floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt ARGS="$(ARGS)"
+
+# The common tests of the installed transformers, fetched from the package index; ARGS are pytest's.
+test-hf: $(VENV)/.dev
+	$(PIP) -c $(CONSTRAINTS) parameterized
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
