@@ -3,6 +3,7 @@
 #define NBHD_DOUBLE 1
 #define NBHD_VECTOR_BYTES 32
 #define NBHD_REGISTERS 16
+#define NBHD_SPECIALISE 0 // kernels for common window sizes as well
 #include "../kernels/backward_task.h"
 
 namespace nbhd {

@@ -3,6 +3,7 @@
 #define NBHD_DOUBLE 0
 #define NBHD_VECTOR_BYTES 64
 #define NBHD_REGISTERS 32
+#define NBHD_SPECIALISE 1 // kernels for common window sizes as well
 #include "../kernels/backward_task.h"
 
 namespace nbhd {

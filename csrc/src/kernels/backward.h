@@ -20,9 +20,10 @@ struct BackwardBuffers {
     ColumnTiles tiles;
     KeyRow *key_rows;
     GradientBlock *blocks;
-    int n_blocks;
+    int n_blocks, vectors_at_once;
     BiasTables bias;
-    Real *query, *d_out, *query_rows, *d_out_rows; // [row][channel][lane], [row][query][channel]
+    int strip;                                     // column tiles at a time, for which the buffers below are
+    Real *query, *d_out, *query_rows, *d_out_rows; // [tile][row][channel][lane], [tile][row][query][channel]
     Real *scores, *d_scores, *out;
 };
 
@@ -32,6 +33,7 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     f.tiles = lay_out_columns(arena, m, b, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.blocks = arena.take<GradientBlock>(most_key_rows(m, b));
+    f.vectors_at_once = round_up(p.dim) % (4 * lanes) || round_up(p.dim_v) % (4 * lanes) ? 2 : 4;
     const int slots = f.ring.shape.slots();
     f.key_head = slots * f.ring.natural_row(p.dim), f.value_head = slots * f.ring.natural_row(p.dim_v);
     f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
@@ -40,12 +42,14 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     f.d_keys = arena.take<Real>(kv_heads * f.key_head);
     f.d_values = arena.take<Real>(kv_heads * f.value_head);
     lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, true);
-    f.query = arena.take<Real>(tile_rows * p.dim * lanes);
-    f.d_out = arena.take<Real>(tile_rows * p.dim_v * lanes);
-    f.query_rows = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
-    f.d_out_rows = arena.take<Real>(tile_rows * lanes * round_up(p.dim_v));
-    f.scores = arena.take<Real>((int64_t)tile_rows * p.window() * lanes);
-    f.d_scores = arena.take<Real>((int64_t)tile_rows * p.window() * lanes);
+    f.strip = strip_tiles(p, 2);
+    const int64_t strip_rows = f.strip * tile_rows;
+    f.query = arena.take<Real>(strip_rows * p.dim * lanes);
+    f.d_out = arena.take<Real>(strip_rows * p.dim_v * lanes);
+    f.query_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim));
+    f.d_out_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim_v));
+    f.scores = arena.take<Real>(strip_rows * p.window() * lanes);
+    f.d_scores = arena.take<Real>(strip_rows * p.window() * lanes);
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
 }
 
@@ -58,9 +62,8 @@ struct BackwardViews {
 
 // Weights, score gradients and the bias gradient of query row r.
 static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r,
-                             bool holes, Vec lse, Vec d_lse, int local_head, Real *d_bias) {
+                             bool holes, Real *s, Real *d, Vec lse, Vec d_lse, int local_head, Real *d_bias) {
     const int slots = p.window(), kernel = p.axis[2].kernel;
-    Real *s = f.scores + (int64_t)r * slots * lanes, *d = f.d_scores + (int64_t)r * slots * lanes;
     if (holes) fill_holes(s, t, r, c, p, nothing), fill_holes(d, t, r, c, p, Real(0));
     const Vec shift = d_lse - weights_and_delta(s, d, slots, lse);
     if (!f.bias.present || !d_bias) return score_gradient(s, d, slots, shift);
@@ -85,60 +88,78 @@ static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile
 }
 
 template <class T>
-static void backward_tile(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t,
-                          const ColumnTile &c, int local_kv_head, int head, int local_head, Real *d_bias) {
+static void backward_strip(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t,
+                           const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Real *d_bias,
+                           Ahead &queries_ahead, Ahead &keys_ahead) {
     const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v);
-    const bool holes = has_holes(t, c, p);
-    for (int i = 0; i < c.runs; i++)
-        for (int r = 0; r < t.n; r++)
-            prefetch_tokens<true>(v.d_query.at(t.z, t.y + r, c.run[i].x, head), v.d_query.x, c.run[i].n, p.dim);
-    for (int r = 0; r < t.n; r++) {
-        Real *q = f.query_rows + r * lanes * width, *g = f.d_out_rows + r * lanes * width_v;
-        const Real *q_token[lanes] = {}, *g_token[lanes] = {};
+    const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
+                  query_row = (int64_t)p.dim * lanes, d_out_row = (int64_t)p.dim_v * lanes,
+                  query_rows = (int64_t)lanes * width, d_out_rows = (int64_t)lanes * width_v;
+    for (int k = 0; k < n; k++) {
+        const ColumnTile &c = columns[k];
+        for (int r = 0; r < t.n; r++) {
+            Real *q = f.query_rows + (k * tile_rows + r) * query_rows,
+                 *g = f.d_out_rows + (k * tile_rows + r) * d_out_rows;
+            const Real *q_token[lanes], *g_token[lanes];
+            for (int i = 0; i < c.runs; i++) {
+                const Run &run = c.run[i];
+                pack_rows(v.query.at(t.z, t.y + r, run.x, head), v.query.x, run.n, p.dim, q + run.index * width,
+                          Real(p.scale) * log2_e);
+                pack_rows(v.d_out.at(t.z, t.y + r, run.x, head), v.d_out.x, run.n, p.dim_v, g + run.index * width_v,
+                          Real(1));
+            }
+            for (int l = 0; l < lanes; l++)
+                q_token[l] = q + c.lane_query[l] * width, g_token[l] = g + c.lane_query[l] * width_v;
+            pack_lanes(q_token, p.dim, f.query + (k * tile_rows + r) * query_row, Real(1));
+            pack_lanes(g_token, p.dim_v, f.d_out + (k * tile_rows + r) * d_out_row, Real(1));
+        }
+    }
+    TileScores scores{&t,      nullptr,    nullptr,          nullptr,          &f.keys,    local_kv_head, f.query,
+                      &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,      nullptr};
+    strip_scores(scores, columns, n, tile_rows * query_row, tile_scores, queries_ahead);
+    scores.keys = &f.values, scores.query = f.d_out, scores.bias = nullptr, scores.scores = f.d_scores;
+    strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores, keys_ahead);
+    for (int k = 0; k < n; k++) {
+        const ColumnTile &c = columns[k];
+        const bool holes = has_holes(t, c, p);
+        Real *const weights = f.scores + k * tile_scores, *const d_scores = f.d_scores + k * tile_scores;
+        for (int i = 0; i < c.runs; i++)
+            for (int r = 0; r < t.n; r++)
+                prefetch_to_write(v.d_query.at(t.z, t.y + r, c.run[i].x, head), v.d_query.x, c.run[i].n, p.dim);
+        for (int r = 0; r < t.n; r++) {
+            Vec lse = splat(Real(1e30)), d_lse{}; // idle lanes: weights of zero
+            const Real *l = v.lse.at(t.z, t.y + r, 0, head),
+                       *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
+            for (int i = 0; i < c.n; i++) {
+                lse[c.lane[i]] = l[c.x[i] * v.lse.x] * log2_e;
+                if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x];
+            }
+            softmax_gradient(p, f, t, c, r, holes, weights + r * row_scores, d_scores + r * row_scores, lse, d_lse,
+                             local_head, d_bias);
+        }
+        WeightedSum s;
+        s.weights = d_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
+        s.values = f.key_rows_copy + local_kv_head * f.key_head, s.ring_row = f.ring.natural_row(p.dim),
+        s.width = width;
+        s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale);
+        KeyGradient g;
+        g.weights_row = row_scores, g.step = p.axis[1].kernel * lanes, g.rows = &t, g.blocks = f.blocks,
+        g.n_blocks = f.n_blocks, g.vectors_at_once = f.vectors_at_once;
         for (int i = 0; i < c.runs; i++) {
             const Run &run = c.run[i];
-            pack_rows(v.query.at(t.z, t.y + r, run.x, head), v.query.x, run.n, p.dim, q + run.index * width,
-                      Real(p.scale) * log2_e);
-            pack_rows(v.d_out.at(t.z, t.y + r, run.x, head), v.d_out.x, run.n, p.dim_v, g + run.index * width_v,
-                      Real(1));
-        }
-        for (int i = 0; i < c.n; i++) q_token[c.lane[i]] = q + i * width, g_token[c.lane[i]] = g + i * width_v;
-        pack_lanes(q_token, p.dim, f.query + r * p.dim * lanes, Real(1));
-        pack_lanes(g_token, p.dim_v, f.d_out + r * p.dim_v * lanes, Real(1));
-    }
-    tile_scores(p, t, c, f.keys, local_kv_head, f.query, &f.bias, local_head, f.scores, nullptr);
-    tile_scores(p, t, c, f.values, local_kv_head, f.d_out, nullptr, 0, f.d_scores, nullptr);
-    for (int r = 0; r < t.n; r++) {
-        Vec lse = splat(Real(1e30)), d_lse{}; // idle lanes: weights of zero
-        const Real *l = v.lse.at(t.z, t.y + r, 0, head),
-                   *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
-        for (int i = 0; i < c.n; i++) {
-            lse[c.lane[i]] = l[c.x[i] * v.lse.x] * log2_e;
-            if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x];
-        }
-        softmax_gradient(p, f, t, c, r, holes, lse, d_lse, local_head, d_bias);
-    }
-    WeightedSum s;
-    s.weights = f.d_scores, s.weights_row = (int64_t)slots * lanes, s.step = p.axis[1].kernel * lanes;
-    s.values = f.key_rows_copy + local_kv_head * f.key_head, s.ring_row = f.ring.natural_row(p.dim), s.width = width;
-    s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale);
-    KeyGradient g;
-    g.weights_row = (int64_t)slots * lanes, g.step = p.axis[1].kernel * lanes, g.rows = &t, g.blocks = f.blocks,
-    g.n_blocks = f.n_blocks;
-    for (int i = 0; i < c.runs; i++) {
-        const Run &run = c.run[i];
-        s.first = g.first = c.first + run.index, s.end = g.end = c.end + run.index;
-        s.lane = run.lane, s.lane_step = run.step, g.run = &run;
-        weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
+            s.first = g.first = c.first + run.index, s.end = g.end = c.end + run.index;
+            s.lane = run.lane, s.lane_step = run.step, g.run = &run;
+            weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
 
-        g.weights = f.scores, g.vectors = f.d_out_rows + run.index * width_v, g.vectors_row = lanes * width_v,
-        g.width = width_v;
-        g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
-        key_gradient(g);
-        g.weights = f.d_scores, g.vectors = f.query_rows + run.index * width, g.vectors_row = lanes * width,
-        g.width = width;
-        g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
-        key_gradient(g);
+            g.weights = weights, g.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v,
+            g.vectors_row = d_out_rows, g.width = width_v;
+            g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
+            key_gradient(g);
+            g.weights = d_scores, g.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width,
+            g.vectors_row = query_rows, g.width = width;
+            g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
+            key_gradient(g);
+        }
     }
 }
 
@@ -200,26 +221,29 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
             t.key = f.key_rows;
             const int n = y + tile_rows < b.end[1] ? tile_rows : b.end[1] - y;
             row_tile(t, m.axis[0], m.axis[1], p.axis[2].kernel, ring.shape, z, y, n);
-            f.n_blocks = make_gradient_blocks(t, f.blocks);
+            f.n_blocks = make_gradient_blocks(t, f.vectors_at_once, f.blocks);
             int from, to;
             leading_range(ring, m, z, y, n, from, to);
             if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;
             if (ring.packed < from) ring.packed = from;
             if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
-            const NextRows next = next_rows(ring, b, z, y);
-            for (int i = 0; i < f.tiles.n; i++)
+            const NextRows next = next_rows(ring, b, y);
+            for (int i = 0; i < f.tiles.n; i += f.strip)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
-                        const int local = h - task.head_begin;
-                        for (int r = 0; r < f.columns[i].runs; r++) {
-                            const Run &run = f.columns[i].run[r];
-                            prefetch_rows(v.query, z, next.query_begin, next.query_end, run, h * group + q, p.dim);
-                            prefetch_rows(v.d_out, z, next.query_begin, next.query_end, run, h * group + q, p.dim_v);
-                            if (q) continue;
-                            prefetch_rows(v.key, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim);
-                            prefetch_rows(v.value, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim_v);
+                        const int local = h - task.head_begin, head = h * group + q,
+                                  n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;
+                        const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
+                                  x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
+                        Ahead queries, keys;
+                        queries.add(v.query, z, next.query_begin, next.query_end, x, x_end, head, p.dim);
+                        queries.add(v.d_out, z, next.query_begin, next.query_end, x, x_end, head, p.dim_v);
+                        if (!q) {
+                            keys.add(v.key, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim);
+                            keys.add(v.value, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim_v);
                         }
-                        backward_tile<T>(p, v, f, t, f.columns[i], local, h * group + q, local * group + q, d_bias);
+                        backward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, d_bias, queries,
+                                          keys);
                     }
         }
     for_each_row(ring, b, ring.flushed, b.key_end[ring.shape.planes ? 0 : 1], flush);

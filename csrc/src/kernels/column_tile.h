@@ -40,7 +40,9 @@ struct ColumnTile {
     int bias_set;       // expanded bias table and gradient sums; 0: the sliding tiles' common one
     int x[lanes];       // in the tile's order, as are the next two
     int first[lanes], end[lanes];
-    int lane[lanes];        // of the query
+    int lane[lanes]; // of the query
+    int lane_x[lanes],
+        lane_query[lanes];  // by lane: the query, as a place and in the tile's order; idle lanes repeat the first one
     int lane_column[lanes]; // by lane: column of the bias table for offset 0
     Index index, count;     // by lane: key relative to lane 0's; number of keys
 };
@@ -56,7 +58,7 @@ static void add_run(ColumnTile &t, const GroupAxis &a, int x, int n, int lane, i
     t.run[t.runs++] = Run{x, n, lane, step, t.n};
     for (int i = 0; i < n; i++, t.n++) {
         const int u = x + i, l = lane + i * step;
-        t.x[t.n] = u, t.lane[t.n] = l;
+        t.x[t.n] = u, t.lane[t.n] = l, t.lane_x[l] = u, t.lane_query[l] = t.n;
         t.first[t.n] = a.first[u] - key_origin, t.end[t.n] = t.first[t.n] + a.count[u];
         t.lane_column[l] = a.first[u] - u + a.kernel - 1;
         t.count[l] = a.count[u];
@@ -65,8 +67,9 @@ static void add_run(ColumnTile &t, const GroupAxis &a, int x, int n, int lane, i
     }
 }
 
-static ColumnTile empty_tile(const GroupAxis &a, Keys keys, int origin) {
+static ColumnTile empty_tile(const GroupAxis &a, Keys keys, int x, int origin) {
     ColumnTile t{};
+    for (int l = 0; l < lanes; l++) t.lane_x[l] = x;
     t.keys = keys, t.origin = origin, t.count = Index{} + a.kernel;
     return t;
 }
@@ -78,7 +81,7 @@ static ColumnTile column_tile(const GroupAxis &a, int x, int x_end, int key_orig
     int permuted = 1; // the permute reaches lanes - 1 keys past lane 0's
     while (permuted < lanes && x + permuted < x_end && a.first[x + permuted] - a.first[x] < lanes) permuted++;
     const Keys keys = permuted > 2 * most ? Keys::permuted : sliding >= shared ? Keys::sliding : Keys::shared;
-    ColumnTile t = empty_tile(a, keys, a.first[x] - key_origin);
+    ColumnTile t = empty_tile(a, keys, x, a.first[x] - key_origin);
     add_run(t, a, x, keys == Keys::permuted ? permuted : most, 0, 1, key_origin);
     return t;
 }
@@ -89,7 +92,7 @@ static bool can_pair(const ColumnTile &a, const ColumnTile &b, int kernel) {
            kernel <= 4 * lanes;
 }
 static ColumnTile paired(const GroupAxis &axis, const ColumnTile &a, const ColumnTile &b, int key_origin) {
-    ColumnTile t = empty_tile(axis, Keys::paired, a.origin);
+    ColumnTile t = empty_tile(axis, Keys::paired, a.run[0].x, a.origin);
     t.pair_origin[0] = a.origin, t.pair_origin[1] = b.origin;
     add_run(t, axis, a.run[0].x, a.n, 0, 2, key_origin);
     add_run(t, axis, b.run[0].x, b.n, 1, 2, key_origin);

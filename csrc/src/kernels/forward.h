@@ -18,6 +18,7 @@ struct ForwardBuffers {
     ColumnTiles tiles;
     KeyRow *key_rows;
     BiasTables bias;
+    int strip; // column tiles at a time; the next three are for all of them
     Real *query, *scores, *maximum, *normaliser, *out;
 };
 
@@ -26,6 +27,13 @@ static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, C
     tiles = arena.take<ColumnTile>(n.n);
     if (tiles) make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], tiles);
     return n;
+}
+
+// Column tiles of a strip, for which queries and scores lie in the first-level cache.
+static int strip_tiles(const Problem &p, int copies) {
+    const int64_t tile = (int64_t)copies * tile_rows * lanes * (p.dim + p.window()) * (int64_t)sizeof(Real),
+                  most = 32 * 1024 / tile;
+    return most < 1 ? 1 : most < 4 ? int(most) : 4;
 }
 
 static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
@@ -37,80 +45,169 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
     f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
     f.values = arena.take<Real>(kv_heads * f.values_head);
     lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, false);
-    f.query = arena.take<Real>(tile_rows * p.dim * lanes);
-    f.scores = arena.take<Real>((int64_t)tile_rows * p.window() * lanes);
-    f.maximum = arena.take<Real>(tile_rows * lanes);
+    f.strip = strip_tiles(p, 1);
+    f.query = arena.take<Real>(f.strip * tile_rows * p.dim * lanes);
+    f.scores = arena.take<Real>((int64_t)f.strip * tile_rows * p.window() * lanes);
+    f.maximum = arena.take<Real>(f.strip * tile_rows * lanes);
     f.normaliser = arena.take<Real>(tile_rows * lanes);
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim_v));
 }
 
 // Scores of a whole tile with packed keys of one head, from bias table `head` when start says so.
-static void tile_scores(const Problem &p, const RowTile &t, const ColumnTile &c, const PackedKeys &keys, int kv_head,
-                        const Real *query, const BiasTables *bias, int head, Real *scores_out, Real *maximum) {
-    const int kernel = p.axis[2].kernel, channels = keys.channels;
-    const int64_t row_scores = (int64_t)p.window() * lanes;
-    ScoreBlock s;
-    s.score_step = p.axis[1].kernel * lanes;
-    s.bias_step = bias && bias->expanded ? bias->rows_y * lanes : s.score_step;
-    s.query_row = (int64_t)channels * lanes, s.pitch = c.keys == Keys::paired ? 2 * kernel : keys.pitch,
-    s.channels = channels, s.index = &c.index;
-    s.start = !bias || !bias->present ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
-    for (int i = 0; i < t.key_rows; i++) {
-        const KeyRow &key = t.key[i];
-        const int n = key.end - key.begin;
+struct TileScores {
+    const RowTile *rows;
+    const KeyRow *begin, *end; // of the tile's key rows, those to do now
+    const ColumnTile *columns;
+    const PackedKeys *keys;
+    int kv_head;
+    const Real *query;      // [row][channel][lane]
+    const BiasTables *bias; // or null
+    int head;               // of the bias tables
+    int kernel_x, kernel_y;
+    int64_t row_scores; // from a query row to the next
+    Real *scores;       // [row][slot][lane]
+    Real *maximum;      // or null
+};
+
+// Rows of keys that a strip of column tiles takes from the first-level cache.
+static int key_rows_at_once(const PackedKeys &keys, int tiles) {
+    const int64_t bytes = ((int64_t)tiles * lanes + keys.kernel) * keys.channels * (int64_t)sizeof(Real);
+    return bytes > 8 * 1024 ? 1 : int(16 * 1024 / bytes);
+}
+template <Keys mode, int kernel>
+static void tile_scores_as(const TileScores &s) {
+    const RowTile &t = *s.rows;
+    const ColumnTile &c = *s.columns;
+    const PackedKeys &keys = *s.keys;
+    const bool biased = s.bias && s.bias->present;
+    ScoreRow b;
+    b.score_step = kernel ? kernel * lanes : s.kernel_y * lanes;
+    b.bias_step = biased && s.bias->expanded ? s.bias->rows_y * lanes : b.score_step;
+    b.query_row = (int64_t)keys.channels * lanes, b.pitch = mode == Keys::paired ? 2 * s.kernel_x : keys.pitch,
+    b.channels = keys.channels, b.index = &c.index;
+    b.start = !biased ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
+    const Real *const key_base =
+        mode == Keys::paired ? keys.pair_row(s.kv_head, c.pair, 0) : keys.row(s.kv_head, 0) + c.origin;
+    const int64_t key_row = mode == Keys::paired ? keys.pair_row_size() : keys.row_size();
+    Real *scores[tile_rows];
+    for (int r = 0; r < t.n; r++) scores[r] = s.scores + r * s.row_scores - (int64_t)t.shift[r] * lanes;
+    for (const KeyRow *key = s.begin; key < s.end; key++) {
+        const int begin = key->begin, n = key->end - begin;
         if (n <= 0) continue;
-        s.query = query + key.begin * s.query_row;
-        s.keys =
-            c.keys == Keys::paired ? keys.pair_row(kv_head, c.pair, key.ring) : keys.row(kv_head, key.ring) + c.origin;
-        s.maximum = maximum ? maximum + key.begin * lanes : nullptr;
-        for (int k = 0; k < n; k++) {
-            const int r = key.begin + k, row = key.bias_row - r;
-            s.scores[k] = scores_out + r * row_scores + (int64_t)(key.slot - t.shift[r]) * lanes;
-            if (s.start == Start::shared) s.bias[k] = bias->compact_row(head, row) + c.lane_column[0];
-            else if (s.start == Start::by_lane) {
-                if (bias->expanded) s.bias[k] = bias->table_row(head, c.bias_set, row);
-                else gather_bias(*bias, head, row, c, s.scores[k], s.score_step), s.bias[k] = s.scores[k];
+        b.query = s.query + begin * b.query_row;
+        b.keys = key_base + key->ring * key_row;
+        b.maximum = s.maximum ? s.maximum + begin * lanes : nullptr;
+        for (int k = 0; k < n; k++) b.scores[k] = scores[begin + k] + (int64_t)key->slot * lanes;
+        if (b.start == Start::shared) {
+            const Real *row = s.bias->compact_row(s.head, key->bias_row - begin) + c.lane_column[0];
+            for (int k = 0; k < n; k++, row -= s.bias->columns) b.bias[k] = row;
+        } else if (b.start == Start::by_lane) {
+            for (int k = 0; k < n; k++) {
+                const int row = key->bias_row - begin - k;
+                if (s.bias->expanded) b.bias[k] = s.bias->table_row(s.head, c.bias_set, row);
+                else gather_bias(*s.bias, s.head, row, c, b.scores[k], b.score_step), b.bias[k] = b.scores[k];
             }
         }
-        scores(s, n, kernel, c.keys);
+        switch (n) {
+        case 1: score_row<1, mode, kernel>(b, s.kernel_x); break;
+        case 2: score_row<2, mode, kernel>(b, s.kernel_x); break;
+        case 3: score_row<3, mode, kernel>(b, s.kernel_x); break;
+        case 4:
+            if constexpr (tile_rows > 3) score_row<4, mode, kernel>(b, s.kernel_x);
+            break;
+        }
+    }
+}
+
+template <int kernel>
+static void tile_scores_of(const TileScores &s) {
+    switch (s.columns->keys) {
+    case Keys::sliding: return tile_scores_as<Keys::sliding, kernel>(s);
+    case Keys::shared: return tile_scores_as<Keys::shared, kernel>(s);
+    case Keys::paired: return tile_scores_as<Keys::paired, kernel>(s);
+    case Keys::permuted: return tile_scores_as<Keys::permuted, 0>(s);
+    }
+}
+static void tile_scores(const TileScores &s) {
+    switch (NBHD_SPECIALISE && s.kernel_x == s.kernel_y ? s.kernel_x : 0) {
+#if NBHD_SPECIALISE
+    case 3: return tile_scores_of<3>(s);
+    case 5: return tile_scores_of<5>(s);
+    case 7: return tile_scores_of<7>(s);
+    case 9: return tile_scores_of<9>(s);
+    case 11: return tile_scores_of<11>(s);
+    case 13: return tile_scores_of<13>(s);
+#endif
+    default: return tile_scores_of<0>(s);
+    }
+}
+
+// Scores of a strip of column tiles. A few rows of keys at a time meet all tiles, so that they are read from the first-level
+// cache: the rows that one tile sees are more than that holds.
+static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t query_tile, int64_t score_tile,
+                         Ahead &ahead) {
+    const RowTile &t = *s.rows;
+    const KeyRow *const end = t.key + t.key_rows;
+    const int rows = key_rows_at_once(*s.keys, n);
+    ahead.share_among((t.key_rows + rows - 1) / rows * n);
+    for (s.begin = t.key; s.begin < end; s.begin = s.end) {
+        s.end = end - s.begin < rows ? end : s.begin + rows;
+        TileScores one = s;
+        for (int i = 0; i < n; i++) {
+            one.columns = columns + i;
+            tile_scores(one);
+            ahead.step();
+            one.query += query_tile, one.scores += score_tile;
+            if (one.maximum) one.maximum += tile_rows * lanes;
+        }
     }
 }
 
 template <class T>
-static void forward_tile(const Problem &p, const View<const T> &query, const View<T> &out, const View<Real> &lse,
-                         ForwardBuffers &f, const RowTile &t, const ColumnTile &c, int local_kv_head, int head,
-                         int local_head) {
+static void forward_strip(const Problem &p, const View<const T> &query, const View<T> &out, const View<Real> &lse,
+                          ForwardBuffers &f, const RowTile &t, const ColumnTile *columns, int n, int local_kv_head,
+                          int head, int local_head, Ahead &ahead) {
     const int slots = p.window();
-    const bool holes = has_holes(t, c, p);
-    for (int i = 0; i < c.runs; i++)
-        for (int r = 0; r < t.n; r++)
-            prefetch_tokens<true>(out.at(t.z, t.y + r, c.run[i].x, head), out.x, c.run[i].n, p.dim_v);
-    for (int r = 0; r < t.n; r++) {
-        const T *token[lanes] = {};
-        for (int i = 0; i < c.n; i++) token[c.lane[i]] = query.at(t.z, t.y + r, c.x[i], head);
-        pack_lanes(token, p.dim, f.query + r * p.dim * lanes, Real(p.scale) * log2_e);
-        store(f.maximum + r * lanes, splat(nothing));
+    const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
+                  query_row = (int64_t)p.dim * lanes, tile_query = tile_rows * query_row;
+    for (int k = 0; k < n; k++) {
+        const ColumnTile &c = columns[k];
+        for (int r = 0; r < t.n; r++) {
+            const T *const row = query.at(t.z, t.y + r, 0, head), *token[lanes];
+            for (int l = 0; l < lanes; l++) token[l] = row + c.lane_x[l] * query.x;
+            pack_lanes(token, p.dim, f.query + k * tile_query + r * query_row, Real(p.scale) * log2_e);
+            store(f.maximum + (k * tile_rows + r) * lanes, splat(nothing));
+        }
     }
-    tile_scores(p, t, c, f.keys, local_kv_head, f.query, &f.bias, local_head, f.scores, f.maximum);
-    for (int r = 0; r < t.n; r++) {
-        Real *scores = f.scores + (int64_t)r * slots * lanes;
-        Vec m = load(f.maximum + r * lanes);
-        if (holes) fill_holes(scores, t, r, c, p, nothing), m = row_maximum(scores, slots);
-        const Vec sum = exponentials(scores, slots, m);
-        store(f.normaliser + r * lanes, splat(Real(1)) / sum);
-        const Vec l = (m + log2(sum)) * splat(ln_2);
-        Real *to = lse.at(t.z, t.y + r, 0, head);
-        for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x] = l[c.lane[i]];
-    }
-    WeightedSum s;
-    s.weights = f.scores, s.weights_row = (int64_t)slots * lanes, s.step = p.axis[1].kernel * lanes;
-    s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v),
-    s.width = round_up(p.dim_v);
-    s.rows = &t, s.normaliser = f.normaliser, s.factor = 1;
-    for (int i = 0; i < c.runs; i++) {
-        const Run &run = c.run[i];
-        s.first = c.first + run.index, s.end = c.end + run.index, s.lane = run.lane, s.lane_step = run.step;
-        weighted_sum_to(s, run.n, out.at(t.z, t.y, run.x, head), out.y, out.x, p.dim_v, f.out);
+    strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, &f.bias, local_head,
+                            p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores, f.maximum},
+                 columns, n, tile_query, tile_scores, ahead);
+    for (int k = 0; k < n; k++) {
+        const ColumnTile &c = columns[k];
+        const bool holes = has_holes(t, c, p);
+        for (int i = 0; i < c.runs; i++)
+            for (int r = 0; r < t.n; r++)
+                prefetch_to_write(out.at(t.z, t.y + r, c.run[i].x, head), out.x, c.run[i].n, p.dim_v);
+        for (int r = 0; r < t.n; r++) {
+            Real *scores = f.scores + k * tile_scores + r * row_scores;
+            Vec m = load(f.maximum + (k * tile_rows + r) * lanes);
+            if (holes) fill_holes(scores, t, r, c, p, nothing), m = row_maximum(scores, slots);
+            const Vec sum = exponentials(scores, slots, m);
+            store(f.normaliser + r * lanes, splat(Real(1)) / sum);
+            const Vec l = (m + log2(sum)) * splat(ln_2);
+            Real *to = lse.at(t.z, t.y + r, 0, head);
+            for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x] = l[c.lane[i]];
+        }
+        WeightedSum s;
+        s.weights = f.scores + k * tile_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
+        s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v),
+        s.width = round_up(p.dim_v);
+        s.rows = &t, s.normaliser = f.normaliser, s.factor = 1;
+        for (int i = 0; i < c.runs; i++) {
+            const Run &run = c.run[i];
+            s.first = c.first + run.index, s.end = c.end + run.index, s.lane = run.lane, s.lane_step = run.step;
+            weighted_sum_to(s, run.n, out.at(t.z, t.y, run.x, head), out.y, out.x, p.dim_v, f.out);
+        }
     }
 }
 
@@ -145,20 +242,22 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                 pack_pairs_of(f.keys, slot, f.columns, f.tiles);
             });
             if (f.ring.packed < to) f.ring.packed = to;
-            const NextRows next = next_rows(f.ring, b, z, y);
-            for (int i = 0; i < f.tiles.n; i++)
+            const NextRows next = next_rows(f.ring, b, y);
+            for (int i = 0; i < f.tiles.n; i += f.strip)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
-                        const int local = h - task.head_begin;
-                        for (int r = 0; r < f.columns[i].runs; r++) {
-                            const Run &run = f.columns[i].run[r];
-                            prefetch_rows(query, z, next.query_begin, next.query_end, run, h * group + q, p.dim);
-                            if (q) continue;
-                            prefetch_rows(key, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim);
-                            prefetch_rows(value, b.key_begin[0], next.key_begin, next.key_end, run, h, p.dim_v);
+                        const int local = h - task.head_begin, head = h * group + q,
+                                  n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;
+                        const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
+                                  x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
+                        Ahead ahead;
+                        ahead.add(query, z, next.query_begin, next.query_end, x, x_end, head, p.dim);
+                        if (!q) {
+                            ahead.add(key, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim);
+                            ahead.add(value, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim_v);
                         }
-                        forward_tile<T>(p, query, out, lse, f, t, f.columns[i], local, h * group + q,
-                                        local * group + q);
+                        forward_strip<T>(p, query, out, lse, f, t, f.columns + i, n, local, head, local * group + q,
+                                         ahead);
                     }
         }
 }

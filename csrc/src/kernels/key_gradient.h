@@ -14,7 +14,10 @@
 
 namespace nbhd::NBHD_ISA {
 
-constexpr int gradient_block = registers >= 32 ? 8 : 5;
+// Key rows of a register block, for 2 (or 1) vectors of channels and for 4. Each row's sum waits for itself once for every query
+// row that adds to it, so blocks of 16 registers are broad rather than high.
+constexpr int gradient_block = registers >= 32 ? 8 : 5, gradient_block_of_4 = registers >= 32 ? 4 : 3;
+constexpr int gradient_rows(int vectors) { return vectors > 2 ? gradient_block_of_4 : gradient_block; }
 
 // Key rows that are accumulated together: up to gradient_block neighbours of one plane. Query row r sees those in
 // [low[r], high[r]) of them.
@@ -43,8 +46,8 @@ static GradientBlock gradient_block_of(const RowTile &t, const KeyRow *key, int 
 }
 
 // Cuts the key rows of a tile into blocks of equal size, up to one; returns their number, at most t.key_rows.
-static int make_gradient_blocks(const RowTile &t, GradientBlock *blocks) {
-    const int plane = t.key_rows_per_plane, parts = (plane + gradient_block - 1) / gradient_block;
+static int make_gradient_blocks(const RowTile &t, int vectors, GradientBlock *blocks) {
+    const int most = gradient_rows(vectors), plane = t.key_rows_per_plane, parts = (plane + most - 1) / most;
     int n = 0;
     for (int z = 0; z < t.key_rows; z += plane)
         for (int part = 0, from = 0; part < parts; part++) {
@@ -66,9 +69,9 @@ struct KeyGradient {
     int64_t ring_row;
     const RowTile *rows;
     const GradientBlock *blocks;
-    int n_blocks;
-    const Run *run;         // the queries
-    const int *first, *end; // keys of each
+    int n_blocks, vectors_at_once; // what the blocks are made for
+    const Run *run;                // the queries
+    const int *first, *end;        // keys of each
 };
 
 // Which keys [low, high) of a block of n each query row adds to. Rows whose windows start one after another leave a triangle
@@ -80,9 +83,9 @@ struct Pattern {
     static constexpr int high(int r) { return !tail ? n : n - rows + 1 + r > 0 ? n - rows + 1 + r : 0; }
 };
 // One query row, keys [low, high) of a whole block.
-template <int low_, int high_>
-struct Span {
-    static constexpr int n = gradient_block, rows = 1;
+template <int n_, int low_, int high_>
+struct OneRow {
+    static constexpr int n = n_, rows = 1;
     static constexpr int low(int) { return low_; }
     static constexpr int high(int) { return high_; }
 };
@@ -110,6 +113,22 @@ NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_st
     for (int l = 0; l < count; l++, w += lane_step, v += width)
 #pragma GCC unroll 4
         for (int r = 0; r < Rows::rows; r++) {
+            if constexpr (vectors > 2) { // registers hold the weights and one vector at a time
+                Vec b[n];
+#pragma GCC unroll 8
+                for (int i = 0; i < n; i++)
+                    if (i >= Rows::low(r) && i < Rows::high(r))
+                        b[i] = broadcast(w + r * row_step + i * lanes), keep(b[i]);
+#pragma GCC unroll 4
+                for (int c = 0; c < vectors; c++) {
+                    Vec vv = load(v + r * vectors_row + c * lanes);
+                    keep(vv);
+#pragma GCC unroll 8
+                    for (int i = 0; i < n; i++)
+                        if (i >= Rows::low(r) && i < Rows::high(r)) a[i][c] = fma(b[i], vv, a[i][c]);
+                }
+                continue;
+            }
             Vec vv[vectors];
 #pragma GCC unroll 4
             for (int c = 0; c < vectors; c++) vv[c] = load(v + r * vectors_row + c * lanes), keep(vv[c]);
@@ -144,14 +163,14 @@ static void add_pattern(const KeyGradient &g, Real *const *rows, const Real *wei
 }
 
 // Anything else: row by row, and in pieces of queries whose first keys advance evenly.
-template <int vectors>
-NBHD_INLINE void add_span(Vec (&a)[gradient_block][vectors], int low, int high, const Real *w, int64_t lane_step,
-                          const Real *v, int width, int count) {
+template <int n, int vectors>
+NBHD_INLINE void add_span(Vec (&a)[n][vectors], int low, int high, const Real *w, int64_t lane_step, const Real *v,
+                          int width, int count) {
     switch (low * 16 + high) {
 #define NBHD_CASE(low, high)                                                                                           \
     case low * 16 + high:                                                                                              \
-        if constexpr (low < high && high <= gradient_block)                                                            \
-            add_queries<Span<low, high>>(a, w, 0, lane_step, v, 0, width, count);                                      \
+        if constexpr (low < high && high <= n)                                                                         \
+            add_queries<OneRow<n, low, high>>(a, w, 0, lane_step, v, 0, width, count);                                 \
         break;
 #define NBHD_CASES(high)                                                                                               \
     NBHD_CASE(0, high)                                                                                                 \
@@ -172,7 +191,7 @@ static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *
         while (from < n && g.end[from] <= x) from++;
         while (to < n && g.first[to] <= x) to++;
         if (from >= to) continue;
-        Vec a[gradient_block][vectors];
+        Vec a[gradient_rows(vectors)][vectors];
         load_block(a, row, (int64_t)x * g.width);
         for (int l = from, next; l < to; l = next) {
             next = l + 1;
@@ -194,11 +213,12 @@ static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *
 template <int vectors>
 static void add_sequence(const KeyGradient &g, Real *gradient, const Real *weights, const Real *v, int advance) {
     const int n = g.run->n, end = g.end[n - 1];
-    for (int x = g.first[0]; x < end; x += gradient_block) {
-        const int keys = end - x < gradient_block ? end - x : gradient_block;
-        Real *row[gradient_block];
-        for (int i = 0; i < gradient_block; i++) row[i] = gradient + (int64_t)(x + (i < keys ? i : 0)) * g.width;
-        Vec a[gradient_block][vectors];
+    constexpr int most = gradient_rows(vectors);
+    for (int x = g.first[0]; x < end; x += most) {
+        const int keys = end - x < most ? end - x : most;
+        Real *row[most];
+        for (int i = 0; i < most; i++) row[i] = gradient + (int64_t)(x + (i < keys ? i : 0)) * g.width;
+        Vec a[gradient_rows(vectors)][vectors];
         load_block(a, row, 0);
         for (int l = 0, next; l < n; l = next) {
             next = l + 1;
@@ -225,8 +245,9 @@ static int advance_of(const KeyGradient &g) {
 template <int vectors>
 static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int advance, int c0) {
     const RowTile &t = *g.rows;
-    Real *row[gradient_block];
-    for (int i = 0; i < gradient_block; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
+    constexpr int most = gradient_rows(vectors);
+    Real *row[most];
+    for (int i = 0; i < most; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
     const bool sequence = t.n == 1 && b.keys == 1 && g.step == lanes;
     const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v =
                                                                                                              g.vectors +
@@ -236,7 +257,7 @@ static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int 
     switch (advance < 0 ? -1 : b.pattern) {
 #define NBHD_CASE(n, head, tail)                                                                                       \
     case n * 4 + head * 2 + tail:                                                                                      \
-        if constexpr (n <= gradient_block)                                                                             \
+        if constexpr (n <= most)                                                                                       \
             add_pattern<Pattern<n, tile_rows, head, tail>, vectors>(g, row, weights, row_step, v, advance);            \
         break;
 #define NBHD_CASES(n) NBHD_CASE(n, 0, 0) NBHD_CASE(n, 0, 1) NBHD_CASE(n, 1, 0) NBHD_CASE(n, 1, 1)
@@ -259,6 +280,8 @@ static void key_gradient(const KeyGradient &gradient) {
     const int advance = advance_of(g);
     for (int i = 0; i < g.n_blocks; i++) {
         int c = 0;
+        if (g.vectors_at_once == 4)
+            for (; c < g.width; c += 4 * lanes) gradient_of_block<4>(g, g.blocks[i], advance, c);
         for (; c + 2 * lanes <= g.width; c += 2 * lanes) gradient_of_block<2>(g, g.blocks[i], advance, c);
         if (c < g.width) gradient_of_block<1>(g, g.blocks[i], advance, c);
     }

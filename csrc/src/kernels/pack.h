@@ -9,14 +9,11 @@
 
 namespace nbhd::NBHD_ISA {
 
-// Asks for n tokens ahead of their use: into the second-level cache for reading, or to be owned before they are written.
-template <bool write, class T>
-NBHD_INLINE void prefetch_tokens(const T *p, int64_t stride, int n, int channels) {
+// Asks for n tokens that will be written, to be owned by then.
+template <class T>
+NBHD_INLINE void prefetch_to_write(T *p, int64_t stride, int n, int channels) {
     for (int t = 0; t < n; t++, p += stride)
-        for (int c = 0; c < channels; c += 64 / (int)sizeof(T)) {
-            if constexpr (write) __builtin_prefetch(p + c, 1, 3);
-            else __builtin_prefetch(p + c, 0, 2);
-        }
+        for (int c = 0; c < channels; c += 64 / (int)sizeof(T)) __builtin_prefetch(p + c, 1, 3);
 }
 
 // n tokens, `stride` elements apart, of `channels` channels; a packed token has round_up(channels).
@@ -55,19 +52,15 @@ static void pack_transposed(const T *src, int64_t stride, int n, int channels, R
         }
 }
 
-// Queries of one vector: dst[channel][lane], token[l] the channels of lane l or null for an idle lane, which reads zero.
+// Queries of one vector: dst[channel][lane], token[l] the channels of lane l. Idle lanes repeat a query: nobody reads their results.
 template <class T>
-static void pack_lanes(const T *const *token, int channels, Real *dst, Real factor) {
-    alignas(64) static const T zeros[lanes] = {};
+NBHD_INLINE void pack_lanes(const T *const *token, int channels, Real *dst, Real factor) {
     const Vec f = splat(factor);
     for (int c = 0; c < channels; c += lanes) {
         const int rows = channels - c < lanes ? channels - c : lanes;
         Vec r[lanes];
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; l++) {
-            if (!token[l]) r[l] = load(zeros);
-            else r[l] = (rows == lanes ? load(token[l] + c) : load_part(token[l] + c, rows)) * f;
-        }
+        for (int l = 0; l < lanes; l++) r[l] = (rows == lanes ? load(token[l] + c) : load_part(token[l] + c, rows)) * f;
         transpose(r);
         if (rows == lanes) {
 #pragma GCC unroll 16

@@ -47,19 +47,43 @@ static void leading_range(const Ring &r, const Map &m, int z, int y, int n, int 
     else from = m.axis[1].first[y], to = m.axis[1].end(y + n - 1);
 }
 
-// Asks for what the next row tile will need of a run's columns: its queries (and, where the ring moves along Y, its new keys).
-struct NextRows {
-    int z, query_begin, query_end, key_begin, key_end;
+// What the next row tile will read (its queries and, where the ring moves along Y, its new keys) is asked for while this one is
+// computed, a few tokens between one block of products and the next: asked for at once they would only wait for one another.
+struct Ahead {
+    static constexpr int most_rows = 4 * tile_rows; // of up to four tensors
+    struct Row {
+        const char *token;
+        int64_t stride;
+        int bytes;
+    } row[most_rows];
+    int rows = 0, tokens = 0, at_row = 0, at_token = 0, per_step = 0;
+
+    // Tokens [x, x_end) of the query rows (keys: rows along Y) [y, y_end).
+    template <class T>
+    void add(const View<T> &v, int z, int y, int y_end, int x, int x_end, int head, int channels) {
+        tokens = x_end - x;
+        for (; y < y_end && rows < most_rows; y++)
+            row[rows++] = Row{(const char *)v.at(z, y, x, head), v.x * (int64_t)sizeof(T), channels * (int)sizeof(T)};
+    }
+    void share_among(int steps) { per_step = (rows * tokens + steps - 1) / steps; }
+    void step() {
+        for (int n = per_step; n > 0 && at_row < rows; n--) {
+            const Row &r = row[at_row];
+            const char *p = r.token + at_token * r.stride;
+            for (int i = 0; i < r.bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+            if (++at_token == tokens) at_token = 0, at_row++;
+        }
+    }
 };
-static NextRows next_rows(const Ring &r, const Block &b, int z, int y) {
-    NextRows n{z, y + tile_rows, y + 2 * tile_rows, r.packed, r.shape.planes ? r.packed : r.packed + tile_rows};
+
+struct NextRows {
+    int query_begin, query_end, key_begin, key_end;
+};
+static NextRows next_rows(const Ring &r, const Block &b, int y) {
+    NextRows n{y + tile_rows, y + 2 * tile_rows, r.packed, r.shape.planes ? r.packed : r.packed + tile_rows};
     if (n.query_end > b.end[1]) n.query_end = b.end[1];
     if (n.key_end > b.key_end[1] && !r.shape.planes) n.key_end = b.key_end[1];
     return n;
-}
-template <class T>
-static void prefetch_rows(const View<T> &v, int z, int begin, int end, const Run &run, int head, int channels) {
-    for (int y = begin; y < end; y++) prefetch_tokens<false>(v.at(z, y, run.x, head), v.x, run.n, channels);
 }
 
 // Transposed keys (or values) of the ring for all heads of a task, [head][slot][channel][key], and the copies that paired

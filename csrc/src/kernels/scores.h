@@ -27,7 +27,8 @@ enum class Keys { sliding, shared, paired, permuted };
 // What an accumulator starts from: nothing, one number for all lanes at bias[r][j], or a vector at bias[r][j * bias_step].
 enum class Start { zero, shared, by_lane };
 
-struct ScoreBlock {
+// One row of keys against `rows` query rows.
+struct ScoreRow {
     const Real *query; // [row][channel][lane]
     int64_t query_row; // from a row to the next
     const Real *keys;  // [channel][key], at the first key of lane 0; paired: [channel][offset][2]
@@ -42,9 +43,9 @@ struct ScoreBlock {
     Real *maximum;           // [row][lane], raised to the scores; or null
 };
 
-// Offsets [from, from + offsets) of a block.
+// Offsets [from, from + offsets).
 template <int rows, int offsets, Keys keys>
-static void score_block(const ScoreBlock &b, int from) {
+NBHD_INLINE void score_block(const ScoreRow &b, int from) {
     Vec a[rows][offsets];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -55,10 +56,11 @@ static void score_block(const ScoreBlock &b, int from) {
             else a[r][j] = load(b.bias[r] + (from + j) * b.bias_step);
         }
     const Real *q = b.query, *k = b.keys + (keys == Keys::paired ? 2 * from : from);
-    for (int c = 0; c < b.channels; c++, q += lanes, k += b.pitch) {
+    const int64_t pitch = b.pitch, query_row = b.query_row;
+    for (int c = b.channels; c > 0; c--, q += lanes, k += pitch) {
         Vec qv[rows];
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) qv[r] = load(q + r * b.query_row), keep(qv[r]);
+        for (int r = 0; r < rows; r++) qv[r] = load(q + r * query_row), keep(qv[r]);
 #pragma GCC unroll 8
         for (int j = 0; j < offsets; j++) {
             Vec kv;
@@ -89,55 +91,31 @@ static void score_block(const ScoreBlock &b, int from) {
     }
 }
 
-template <int rows, Keys keys>
-static void score_row(const ScoreBlock &b, int kernel) {
+// All offsets, in blocks of equal length, up to one. A kernel known at compile time (else 0) needs no dispatch.
+template <int rows, Keys keys, int left, int from>
+NBHD_INLINE void score_parts(const ScoreRow &b) {
+    if constexpr (left > 0) {
+        constexpr int most = offsets_for(rows), parts = (left + most - 1) / most, n = (left + parts - 1) / parts;
+        score_block<rows, n, keys>(b, from);
+        score_parts<rows, keys, left - n, from + n>(b);
+    }
+}
+template <int rows, Keys keys, int kernel>
+NBHD_INLINE void score_row(const ScoreRow &b, int run_time_kernel) {
+    if constexpr (kernel > 0) return score_parts<rows, keys, kernel, 0>(b);
     constexpr int most = offsets_for(rows);
-    const int parts = (kernel + most - 1) / most;
-    for (int part = 0, from = 0; part < parts; part++) { // parts of equal length, up to one
-        const int n = (kernel - from) / (parts - part);
+    const int parts = (run_time_kernel + most - 1) / most;
+    for (int part = 0, from = 0; part < parts; part++) {
+        const int n = (run_time_kernel - from) / (parts - part);
         switch (n) {
-        case 1: score_block<rows, 1, keys>(b, from); break;
-        case 2: score_block<rows, 2, keys>(b, from); break;
-        case 3: score_block<rows, 3, keys>(b, from); break;
-        case 4:
-            if constexpr (most >= 4) score_block<rows, 4, keys>(b, from);
-            break;
-        case 5:
-            if constexpr (most >= 5) score_block<rows, 5, keys>(b, from);
-            break;
-        case 6:
-            if constexpr (most >= 6) score_block<rows, 6, keys>(b, from);
-            break;
-        case 7:
-            if constexpr (most >= 7) score_block<rows, 7, keys>(b, from);
-            break;
-        case 8:
-            if constexpr (most >= 8) score_block<rows, 8, keys>(b, from);
-            break;
+#define NBHD_CASE(n)                                                                                                   \
+    case n:                                                                                                            \
+        if constexpr (n <= most) score_block<rows, n, keys>(b, from);                                                  \
+        break;
+            NBHD_CASE(1) NBHD_CASE(2) NBHD_CASE(3) NBHD_CASE(4) NBHD_CASE(5) NBHD_CASE(6) NBHD_CASE(7) NBHD_CASE(8)
+#undef NBHD_CASE
         }
         from += n;
-    }
-}
-
-template <Keys keys>
-static void score_rows(const ScoreBlock &b, int rows, int kernel) {
-    switch (rows) {
-    case 1: score_row<1, keys>(b, kernel); break;
-    case 2: score_row<2, keys>(b, kernel); break;
-    case 3: score_row<3, keys>(b, kernel); break;
-    case 4:
-        if constexpr (tile_rows > 3) score_row<4, keys>(b, kernel);
-        break;
-    }
-}
-
-// Scores of one key row with `rows` query rows, all `kernel` offsets.
-static void scores(const ScoreBlock &b, int rows, int kernel, Keys keys) {
-    switch (keys) {
-    case Keys::sliding: score_rows<Keys::sliding>(b, rows, kernel); break;
-    case Keys::shared: score_rows<Keys::shared>(b, rows, kernel); break;
-    case Keys::paired: score_rows<Keys::paired>(b, rows, kernel); break;
-    case Keys::permuted: score_rows<Keys::permuted>(b, rows, kernel); break;
     }
 }
 

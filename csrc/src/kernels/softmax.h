@@ -32,41 +32,47 @@ static Vec row_maximum(const Real *scores, int slots) {
     return m;
 }
 
-// scores -> exp2(scores - maximum); returns the sum.
+// scores -> exp2(scores - maximum); returns the sum. Four at a time, because one exponential is a long chain of few instructions.
 static Vec exponentials(Real *scores, int slots, Vec maximum) {
-    Vec sum0{}, sum1{};
+    Vec sum[2] = {};
     int i = 0;
-    for (; i + 1 < slots; i += 2) {
+    for (; i + 4 <= slots; i += 4) {
         Real *s = scores + i * lanes;
-        const Vec e0 = exp2(load(s) - maximum), e1 = exp2(load(s + lanes) - maximum);
-        store(s, e0), store(s + lanes, e1);
-        sum0 += e0, sum1 += e1;
+        Vec e[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) e[k] = load(s + k * lanes) - maximum;
+        exp2(e);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) store(s + k * lanes, e[k]), sum[k & 1] += e[k];
     }
-    if (i < slots) {
+    for (; i < slots; i++) {
         const Vec e = exp2(load(scores + i * lanes) - maximum);
         store(scores + i * lanes, e);
-        sum0 += e;
+        sum[0] += e;
     }
-    return sum0 + sum1;
+    return sum[0] + sum[1];
 }
 
 // scores -> weights P = exp2(scores - lse); returns sum of P dP.
 static Vec weights_and_delta(Real *scores, const Real *d_weights, int slots, Vec lse) {
-    Vec sum0{}, sum1{};
+    Vec sum[2] = {};
     int i = 0;
-    for (; i + 1 < slots; i += 2) {
+    for (; i + 4 <= slots; i += 4) {
         Real *s = scores + i * lanes;
-        const Vec e0 = exp2(load(s) - lse), e1 = exp2(load(s + lanes) - lse);
-        store(s, e0), store(s + lanes, e1);
-        sum0 = fma(e0, load(d_weights + i * lanes), sum0);
-        sum1 = fma(e1, load(d_weights + i * lanes + lanes), sum1);
+        const Real *d = d_weights + i * lanes;
+        Vec e[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) e[k] = load(s + k * lanes) - lse;
+        exp2(e);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) store(s + k * lanes, e[k]), sum[k & 1] = fma(e[k], load(d + k * lanes), sum[k & 1]);
     }
-    if (i < slots) {
+    for (; i < slots; i++) {
         const Vec e = exp2(load(scores + i * lanes) - lse);
         store(scores + i * lanes, e);
-        sum0 = fma(e, load(d_weights + i * lanes), sum0);
+        sum[0] = fma(e, load(d_weights + i * lanes), sum[0]);
     }
-    return sum0 + sum1;
+    return sum[0] + sum[1];
 }
 
 // d_weights -> dS = P (dP + shift), shift = d_lse - delta.

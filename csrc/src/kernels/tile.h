@@ -25,8 +25,12 @@ struct KeyRow {
     int bias_row;   // row of the bias table for query row 0; row r has bias_row - r
 };
 
+// How the windows of a tile's query rows lie, one plane like another: each a key row further than the last, all the same, or neither.
+enum class RowShape { stairs, flat, any };
+
 struct RowTile {
-    int z, y, n;          // first query row, number of rows
+    int z, y, n; // first query row, number of rows
+    RowShape shape;
     int shift[tile_rows]; // first key row minus that of row 0
     int z_count, y_count[tile_rows];
     int key_rows, key_rows_per_plane;
@@ -50,6 +54,13 @@ static void row_tile(RowTile &t, const GroupAxis &z_axis, const GroupAxis &y_axi
     t.z_count = z_axis.count[z];
     t.key_rows_per_plane = y_end - y_first;
     t.key_rows = t.z_count * t.key_rows_per_plane;
+    bool whole = true, stairs = true, flat = true;
+    for (int r = 0; r < n; r++)
+        whole &= t.y_count[r] == y_axis.kernel, stairs &= t.shift[r] == r, flat &= t.shift[r] == 0;
+    t.shape = !whole                         ? RowShape::any
+              : stairs && y_axis.kernel >= n ? RowShape::stairs
+              : flat                         ? RowShape::flat
+                                             : RowShape::any;
     const int bias_rows_y = 2 * y_axis.kernel - 1;
     KeyRow *k = t.key;
     for (int zi = 0; zi < t.z_count; zi++)

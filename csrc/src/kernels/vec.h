@@ -9,6 +9,7 @@
 #endif
 
 #define NBHD_INLINE static inline __attribute__((always_inline))
+#define NBHD_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace nbhd::NBHD_ISA {
 
@@ -44,8 +45,22 @@ NBHD_INLINE void store(Real *p, Vec v) { *(UnalignedVec *)p = v; }
 NBHD_INLINE Vec splat(Real x) { return x - Vec{}; } // x - 0 is folded to x: one broadcast
 NBHD_INLINE Vec broadcast(const Real *p) { return splat(*p); }
 NBHD_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; } // contracted by -ffp-contract=fast
-// The second operand when either is NaN, so that `max(bound, x)` keeps a NaN in x.
-NBHD_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// The second operand when either is NaN, so that `max(bound, x)` keeps a NaN in x. By intrinsics on x86: written as below, the
+// compiler must care for signed zeros and takes a comparison and a blend.
+NBHD_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
+    if constexpr (is_double) return (Vec)_mm512_max_pd((__m512d)a, (__m512d)b);
+    else return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__) && NBHD_VECTOR_BYTES == 32
+    if constexpr (is_double) return (Vec)_mm256_max_pd((__m256d)a, (__m256d)b);
+    else return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__) && NBHD_VECTOR_BYTES == 16
+    if constexpr (is_double) return (Vec)_mm_max_pd((__m128d)a, (__m128d)b);
+    else return (Vec)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 // p[0] in the even lanes, p[1] in the odd ones.
 NBHD_INLINE Vec broadcast_pair(const Real *p) {
@@ -100,31 +115,43 @@ NBHD_INLINE Vec permute(Vec v, Index index) {
 #endif
 }
 
-// 2^x; 0 below -127 (-1023 for double), NaN for NaN. Taylor series of 2^f on [-1/2, 1/2]; float: about 1 ulp.
-NBHD_INLINE Vec exp2(Vec x) {
-    if constexpr (is_double) {
-        x = max(splat(Real(-1023)), x);
-        const Vec shift = splat(Real(6755399441055744.0)); // 1.5 * 2^52: adding it rounds to an integer
-        const Vec t = x + shift, f = (x - (t - shift)) * splat(Real(0.6931471805599453094));
-        Vec p = splat(Real(1.0 / 6227020800.0));
-        constexpr double inverse_factorial[] = {
-            1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,      1.0 / 720,
-            1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
+// 2^x; 0 below -127 (-1023 for double), NaN for NaN. Taylor series of 2^f on [-1/2, 1/2]; float: minimax, about 1 ulp. `n` of them
+// at a time, step by step, so that neighbouring instructions do not wait for each other.
+template <int n>
+NBHD_INLINE void exp2(Vec (&x)[n]) {
+    constexpr int terms = is_double ? 14 : 6;
+    constexpr double c[14] = {
+        1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+        1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+    constexpr float f[6] = {1.f, 6.931469440e-1f, 2.402212024e-1f, 5.550713092e-2f, 9.675540961e-3f, 1.327647129e-3f};
+    const Vec lowest = splat(Real(is_double ? -1023 : -127));
+    const Vec shift =
+        splat(Real(is_double ? 6755399441055744.0 : 12582912)); // 1.5 * 2^52, 2^23: adding it rounds to an integer
+    Vec t[n], p[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) x[i] = max(lowest, x[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) t[i] = x[i] + shift;
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) p[i] = t[i] - shift;
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) x[i] = x[i] - p[i];
+    if constexpr (is_double)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) x[i] *= splat(Real(0.6931471805599453094));
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) p[i] = splat(Real(is_double ? c[terms - 1] : f[terms % 7 - 1]));
 #pragma GCC unroll 16
-        for (int i = 12; i >= 0; i--) p = fma(p, f, splat(Real(inverse_factorial[i])));
-        return (Vec)((Index)p + ((Index)t << 52));
-    } else {
-        x = max(splat(Real(-127)), x);
-        const Vec shift = splat(Real(12582912)); // 1.5 * 2^23
-        const Vec t = x + shift, f = x - (t - shift);
-        Vec p = splat(Real(1.327647129e-3f)); // minimax, degree 5
-        p = fma(p, f, splat(Real(9.675540961e-3f)));
-        p = fma(p, f, splat(Real(5.550713092e-2f)));
-        p = fma(p, f, splat(Real(2.402212024e-1f)));
-        p = fma(p, f, splat(Real(6.931469440e-1f)));
-        p = fma(p, f, splat(Real(1)));
-        return (Vec)((Index)p + ((Index)t << 23));
-    }
+    for (int k = terms - 2; k >= 0; k--)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) p[i] = fma(p[i], x[i], splat(Real(is_double ? c[k] : f[k % 6])));
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) x[i] = (Vec)((Index)p[i] + ((Index)t[i] << (is_double ? 52 : 23)));
+}
+NBHD_INLINE Vec exp2(Vec x) {
+    Vec one[1] = {x};
+    exp2(one);
+    return one[0];
 }
 
 // log2 x for normal x > 0: exponent plus 2/ln 2 * atanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2)).
