@@ -119,6 +119,7 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
     strip_scores(scores, columns, n, tile_rows * query_row, tile_scores, queries_ahead);
     scores.keys = &f.values, scores.query = f.d_out, scores.bias = nullptr, scores.scores = f.d_scores;
     strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores, keys_ahead);
+    const bool sequence = is_sequence(t, p.axis[1].kernel * lanes);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
@@ -151,6 +152,7 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
             s.lane = run.lane, s.lane_step = run.step, g.run = &run;
             weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
 
+            if (sequence) continue;
             g.weights = weights, g.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v,
             g.vectors_row = d_out_rows, g.width = width_v;
             g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
@@ -161,6 +163,27 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
             key_gradient(g);
         }
     }
+    if (!sequence) return;
+    KeyGradient of_values[2 * most_strip], of_keys[2 * most_strip];
+    int runs = 0;
+    for (int k = 0; k < n; k++)
+        for (int i = 0; i < columns[k].runs; i++, runs++) {
+            const ColumnTile &c = columns[k];
+            const Run &run = c.run[i];
+            KeyGradient &g = of_values[runs];
+            g.weights_row = row_scores, g.step = lanes, g.rows = &t, g.vectors_at_once = f.vectors_at_once;
+            g.run = &run, g.first = c.first + run.index, g.end = c.end + run.index;
+            of_keys[runs] = g;
+            g.weights = f.scores + k * tile_scores, g.width = width_v;
+            g.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v;
+            g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
+            KeyGradient &d = of_keys[runs];
+            d.weights = f.d_scores + k * tile_scores, d.width = width;
+            d.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width;
+            d.gradient = f.d_keys + local_kv_head * f.key_head, d.ring_row = f.ring.natural_row(p.dim);
+        }
+    sequence_gradient(of_values, runs);
+    sequence_gradient(of_keys, runs);
 }
 
 // Where the gradients of keys and values go: the tensors, or sums in Real when several blocks add to 16-bit ones.
@@ -171,8 +194,8 @@ struct GradientTarget {
 };
 
 template <class T, class G>
-static void backward_map(const Problem &p, const Map &m, const Block &b, const Task &task, BackwardBuffers &f,
-                         const GradientTarget<G> &target, Real *d_bias) {
+static void backward_map(const Problem &p, const Map &m, const Map *next_map, const Block &b, const Task &task,
+                         BackwardBuffers &f, const GradientTarget<G> &target, Real *d_bias) {
     BackwardViews<T> v{view<const T>(p.query, p, m),
                        view<const T>(p.key, p, m),
                        view<const T>(p.value, p, m),
@@ -227,7 +250,7 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
             if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;
             if (ring.packed < from) ring.packed = from;
             if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
-            const NextRows next = next_rows(ring, b, y);
+            const NextRows next = next_rows(ring, b, m.axis[1], z, y);
             for (int i = 0; i < f.tiles.n; i += f.strip)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
@@ -236,11 +259,18 @@ static void backward_map(const Problem &p, const Map &m, const Block &b, const T
                         const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
                                   x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
                         Ahead queries, keys;
-                        queries.add(v.query, z, next.query_begin, next.query_end, x, x_end, head, p.dim);
-                        queries.add(v.d_out, z, next.query_begin, next.query_end, x, x_end, head, p.dim_v);
-                        if (!q) {
-                            keys.add(v.key, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim);
-                            keys.add(v.value, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim_v);
+                        if (!next.next_map || next_map) {
+                            const Map &of = next.next_map ? *next_map : m;
+                            queries.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x,
+                                        x_end, head, p.dim);
+                            queries.add(view<const T>(p.d_out, p, of), next.z, next.query_begin, next.query_end, x,
+                                        x_end, head, p.dim_v);
+                            if (!q) {
+                                keys.add(view<const T>(p.key, p, of), next.key_z, next.key_begin, next.key_end, x,
+                                         x_end, h, p.dim);
+                                keys.add(view<const T>(p.value, p, of), next.key_z, next.key_begin, next.key_end, x,
+                                         x_end, h, p.dim_v);
+                            }
                         }
                         backward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, d_bias, queries,
                                           keys);

@@ -42,7 +42,7 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
     const int group = p.queries_per_kv_head(), heads = (task.head_end - task.head_begin) * group;
     for (int64_t n = task.map_begin; n < task.map_end;) {
         const Map m = map_of(p, n);
-        const int64_t images = p.batch - m.batch < task.map_end - n ? p.batch - m.batch : task.map_end - n;
+        const int64_t maps = maps_alike(p, n, task.map_end);
         for_each_block(job.plan, m, task.lead, [&](const Block &b) {
             BackwardBuffers f;
             Arena arena;
@@ -56,16 +56,17 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
             lay_out(f, arena, p, m, b, task);
             fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
             clear(f.keys), clear(f.values);
-            for (int64_t image = 0; image < images; image++) {
-                Map one = m;
-                one.batch += int(image);
+            Map one = m;
+            for (int64_t i = 0; i < maps; i++) {
+                const Map next = map_of(p, i + 1 < maps ? n + i + 1 : n);
                 const GradientTarget<G> target{view<G>(job.d_key, p, one), view<G>(job.d_value, p, one),
                                                job.plan.shares_keys()};
-                backward_map<T, G>(p, one, b, task, f, target, d_bias);
+                backward_map<T, G>(p, one, i + 1 < maps ? &next : nullptr, b, task, f, target, d_bias);
+                one = next;
             }
             if (d_bias && f.bias.expanded) fold_bias(f.bias, heads, f.columns, f.tiles.n, d_bias);
         });
-        n += images;
+        n += maps;
     }
 }
 

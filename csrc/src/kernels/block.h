@@ -141,6 +141,18 @@ static Map map_of(const Problem &p, int64_t number) {
     return m;
 }
 
+// How many maps from `number` on, below `end`, are as long as that one along every axis: tables and buffers serve them all.
+static int64_t maps_alike(const Problem &p, int64_t number, int64_t end) {
+    const Map m = map_of(p, number);
+    int64_t n = number - m.batch + p.batch;
+    for (; n < end; n += p.batch) {
+        const Map other = map_of(p, n);
+        for (int a = 0; a < 3; a++)
+            if (other.axis[a].length != m.axis[a].length) return n - number;
+    }
+    return end - number;
+}
+
 // Bytes of packed keys and values of a block of the largest map, for one head.
 static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int copies_transposed, int copies_rows) {
     int begin[3] = {0, 0, 0}, end[3];
@@ -162,7 +174,7 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
     plan.maps = p.batch;
     for (int a = 0; a < 3; a++) plan.maps *= p.axis[a].dilation;
     const Map m = map_of(p, 0); // the longest of all groups along every axis
-    plan.lead_axis = m.axis[0].length > 1 ? 0 : 1;
+    plan.lead_axis = m.axis[0].length > 1 ? 0 : m.axis[1].length > 1 ? 1 : 2;
     plan.y_block = m.axis[1].length, plan.x_block = m.axis[2].length;
     const int y_least = 4 * tile_rows > m.axis[1].kernel ? 4 * tile_rows : m.axis[1].kernel;
     const int x_least = 4 * lanes > m.axis[2].kernel ? 4 * lanes : m.axis[2].kernel;
@@ -186,7 +198,8 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
     plan.head_groups = groups();
     if (plan.maps * plan.head_groups < enough_tasks) {
         const GroupAxis &lead = m.axis[plan.lead_axis];
-        const int least = 3 * lead.kernel > 4 * tile_rows ? 3 * lead.kernel : 4 * tile_rows;
+        const int tiles = 4 * (plan.lead_axis == 2 ? 4 * lanes : tile_rows),
+                  least = 3 * lead.kernel > tiles ? 3 * lead.kernel : tiles;
         const int64_t wanted = (enough_tasks + plan.maps * plan.head_groups - 1) / (plan.maps * plan.head_groups);
         const int possible = lead.length / least;
         plan.lead_blocks = int(wanted < possible ? wanted : possible > 1 ? possible : 1);
@@ -205,10 +218,11 @@ static void for_each_block(const Plan &plan, const Map &m, int lead, Visit visit
     end[plan.lead_axis] = int(n * (lead + 1) / plan.lead_blocks);
     if (begin[plan.lead_axis] >= end[plan.lead_axis]) return;
     const int y_begin = begin[1], y_end = end[1], y_step = plan.lead_axis == 0 ? plan.y_block : y_end - y_begin;
+    const int x_begin = begin[2], x_end = end[2];
     for (int y = y_begin; y < y_end; y += y_step)
-        for (int x = 0; x < m.axis[2].length; x += plan.x_block) {
+        for (int x = x_begin; x < x_end; x += plan.x_block) {
             begin[1] = y, end[1] = y + y_step < y_end ? y + y_step : y_end;
-            begin[2] = x, end[2] = x + plan.x_block < m.axis[2].length ? x + plan.x_block : m.axis[2].length;
+            begin[2] = x, end[2] = x + plan.x_block < x_end ? x + plan.x_block : x_end;
             visit(make_block(m, begin, end));
         }
 }

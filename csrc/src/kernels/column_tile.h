@@ -74,13 +74,14 @@ static ColumnTile empty_tile(const GroupAxis &a, Keys keys, int x, int origin) {
     return t;
 }
 
-// The tile that begins at x; it covers n queries from there.
-static ColumnTile column_tile(const GroupAxis &a, int x, int x_end, int key_origin) {
+// The tile that begins at x; it covers n queries from there. `last`: a permuted tile may save one or two at the end.
+static ColumnTile column_tile(const GroupAxis &a, int x, int x_end, int key_origin, bool last) {
     const int shared = run_length(a, x, x_end, 0), sliding = run_length(a, x, x_end, 1),
               most = shared > sliding ? shared : sliding;
     int permuted = 1; // the permute reaches lanes - 1 keys past lane 0's
     while (permuted < lanes && x + permuted < x_end && a.first[x + permuted] - a.first[x] < lanes) permuted++;
-    const Keys keys = permuted > 2 * most ? Keys::permuted : sliding >= shared ? Keys::sliding : Keys::shared;
+    const bool saves = permuted > 2 * most || (last && permuted > most && x + permuted == x_end);
+    const Keys keys = saves ? Keys::permuted : sliding >= shared ? Keys::sliding : Keys::shared;
     ColumnTile t = empty_tile(a, keys, x, a.first[x] - key_origin);
     add_run(t, a, x, keys == Keys::permuted ? permuted : most, 0, 1, key_origin);
     return t;
@@ -117,7 +118,7 @@ static ColumnTiles make_column_tiles(const GroupAxis &a, int x, int x_end, int k
         c.n++;
     };
     while (x < x_end) {
-        const ColumnTile t = column_tile(a, x, x_end, key_origin);
+        const ColumnTile t = column_tile(a, x, x_end, key_origin, !waits);
         x += t.n;
         if (!can_pair(t, t, a.kernel)) {
             put(t);

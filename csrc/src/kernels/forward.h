@@ -29,11 +29,16 @@ static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, C
     return n;
 }
 
-// Column tiles of a strip, for which queries and scores lie in the first-level cache.
+// Column tiles of a strip, for which queries lie in the first-level cache, and scores too or, of long windows, in the second.
+constexpr int most_strip = 4;
 static int strip_tiles(const Problem &p, int copies) {
-    const int64_t tile = (int64_t)copies * tile_rows * lanes * (p.dim + p.window()) * (int64_t)sizeof(Real),
-                  most = 32 * 1024 / tile;
-    return most < 1 ? 1 : most < 4 ? int(most) : 4;
+    const int64_t row = (int64_t)copies * lanes * (int64_t)sizeof(Real);
+    if (p.axis[1].length == 1) {
+        const int64_t most = 128 * 1024 / (row * p.window());
+        return most < 1 ? 1 : most < tile_rows ? int(most) : tile_rows;
+    }
+    const int64_t most = 32 * 1024 / (row * tile_rows * (p.dim + p.window()));
+    return most < 1 ? 1 : most < most_strip ? int(most) : most_strip;
 }
 
 static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
@@ -84,7 +89,7 @@ static void tile_scores_as(const TileScores &s) {
     b.score_step = kernel ? kernel * lanes : s.kernel_y * lanes;
     b.bias_step = biased && s.bias->expanded ? s.bias->rows_y * lanes : b.score_step;
     b.query_row = (int64_t)keys.channels * lanes, b.pitch = mode == Keys::paired ? 2 * s.kernel_x : keys.pitch,
-    b.channels = keys.channels, b.index = &c.index;
+    b.channels = keys.channels, b.index = &c.index, b.maximum_row = lanes;
     b.start = !biased ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
     const Real *const key_base =
         mode == Keys::paired ? keys.pair_row(s.kv_head, c.pair, 0) : keys.row(s.kv_head, 0) + c.origin;
@@ -125,7 +130,7 @@ static void tile_scores_of(const TileScores &s) {
     case Keys::sliding: return tile_scores_as<Keys::sliding, kernel>(s);
     case Keys::shared: return tile_scores_as<Keys::shared, kernel>(s);
     case Keys::paired: return tile_scores_as<Keys::paired, kernel>(s);
-    case Keys::permuted: return tile_scores_as<Keys::permuted, 0>(s);
+    case Keys::permuted: return tile_scores_as<Keys::permuted, kernel <= 5 ? kernel : 0>(s); // rare beyond
     }
 }
 static void tile_scores(const TileScores &s) {
@@ -142,6 +147,73 @@ static void tile_scores(const TileScores &s) {
     }
 }
 
+// Neighbouring column tiles of a single query row, whose windows overlap, take the place of query rows: a key then serves all of
+// them. The keys of tile r are `advance` further than those of tile r - 1: a vector, or none where all share one window.
+//
+//      window 24, three tiles of 8:   keys   0......7 8.....15 16....23 24....31 32....39
+//                                     tile 0 xxxxxxxx xxxxxxxx xxxxxxxx
+//                                     tile 1          xxxxxxxx xxxxxxxx xxxxxxxx
+//                                     tile 2                   xxxxxxxx xxxxxxxx xxxxxxxx
+struct TileGroup {
+    int tiles, advance;
+};
+
+static TileGroup group_of(const TileScores &s, int n) {
+    const ColumnTile *c = s.columns;
+    const int most = 1 + s.kernel_x / (2 * lanes);
+    TileGroup g{1, c[0].keys == Keys::sliding ? lanes : 0};
+    if (s.rows->n > 1 || (c[0].keys != Keys::sliding && c[0].keys != Keys::shared)) return g;
+    if (s.bias && s.bias->present && c[0].bias_set) return g;
+    while (g.tiles < n && g.tiles < tile_rows && g.tiles < most) {
+        const ColumnTile &next = c[g.tiles];
+        if (next.keys != c[0].keys || next.origin != c[0].origin + g.tiles * g.advance ||
+            (s.bias && s.bias->present && next.bias_set))
+            break;
+        g.tiles++;
+    }
+    return g;
+}
+
+template <Keys mode>
+static void group_scores_as(const TileScores &s, TileGroup g, int64_t query_tile, int64_t score_tile) {
+    const ColumnTile &c = *s.columns;
+    const PackedKeys &keys = *s.keys;
+    const bool biased = s.bias && s.bias->present;
+    ScoreRow b;
+    b.score_step = s.kernel_y * lanes, b.bias_step = 1;
+    b.query_row = query_tile, b.pitch = keys.pitch, b.channels = keys.channels, b.index = &c.index;
+    b.maximum_row = tile_rows * lanes;
+    b.start = biased ? Start::shared : Start::zero;
+    for (const KeyRow *key = s.begin; key < s.end; key++) {
+        b.keys = keys.row(s.kv_head, key->ring) + c.origin;
+        // the keys between two of the 2 * tiles borders of windows have the same tiles
+        for (int part = 0; part < 2 * g.tiles - 1; part++) {
+            if (!g.advance && part) break;
+            const int last = g.tiles - 1, first_tile = !g.advance || part < last ? 0 : part - last,
+                      tiles = !g.advance ? g.tiles : (part < last ? part : last) - first_tile + 1;
+            const int from = part <= last ? part * g.advance : s.kernel_x + (part - last - 1) * g.advance,
+                      to = g.advance && part < last     ? from + g.advance
+                           : part == last || !g.advance ? s.kernel_x
+                                                        : from + g.advance;
+            b.query = s.query + first_tile * query_tile;
+            b.maximum = s.maximum ? s.maximum + first_tile * b.maximum_row : nullptr;
+            for (int k = 0; k < tiles; k++) {
+                const int r = first_tile + k;
+                b.scores[k] = s.scores + r * score_tile + (int64_t)key->slot * lanes - r * g.advance * b.score_step;
+                if (biased) b.bias[k] = s.bias->compact_row(s.head, key->bias_row) + c.lane_column[0] - r * g.advance;
+            }
+            switch (tiles) {
+            case 1: score_span<1, mode>(b, from, to); break;
+            case 2: score_span<2, mode>(b, from, to); break;
+            case 3: score_span<3, mode>(b, from, to); break;
+            case 4:
+                if constexpr (tile_rows > 3) score_span<4, mode>(b, from, to);
+                break;
+            }
+        }
+    }
+}
+
 // Scores of a strip of column tiles. A few rows of keys at a time meet all tiles, so that they are read from the first-level
 // cache: the rows that one tile sees are more than that holds.
 static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t query_tile, int64_t score_tile,
@@ -153,12 +225,15 @@ static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t
     for (s.begin = t.key; s.begin < end; s.begin = s.end) {
         s.end = end - s.begin < rows ? end : s.begin + rows;
         TileScores one = s;
-        for (int i = 0; i < n; i++) {
+        for (int i = 0; i < n;) {
             one.columns = columns + i;
-            tile_scores(one);
-            ahead.step();
-            one.query += query_tile, one.scores += score_tile;
-            if (one.maximum) one.maximum += tile_rows * lanes;
+            const TileGroup group = group_of(one, n - i);
+            if (group.tiles == 1) tile_scores(one);
+            else if (group.advance) group_scores_as<Keys::sliding>(one, group, query_tile, score_tile);
+            else group_scores_as<Keys::shared>(one, group, query_tile, score_tile);
+            for (int k = 0; k < group.tiles; k++) ahead.step();
+            i += group.tiles, one.query += group.tiles * query_tile, one.scores += group.tiles * score_tile;
+            if (one.maximum) one.maximum += group.tiles * tile_rows * lanes;
         }
     }
 }
@@ -212,7 +287,8 @@ static void forward_strip(const Problem &p, const View<const T> &query, const Vi
 }
 
 template <class T>
-static void forward_map(const Problem &p, const Map &m, const Block &b, const Task &task, ForwardBuffers &f) {
+static void forward_map(const Problem &p, const Map &m, const Map *next_map, const Block &b, const Task &task,
+                        ForwardBuffers &f) {
     const auto query = view<const T>(p.query, p, m), key = view<const T>(p.key, p, m),
                value = view<const T>(p.value, p, m);
     const auto out = view<T>(p.out, p, m);
@@ -242,7 +318,7 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                 pack_pairs_of(f.keys, slot, f.columns, f.tiles);
             });
             if (f.ring.packed < to) f.ring.packed = to;
-            const NextRows next = next_rows(f.ring, b, y);
+            const NextRows next = next_rows(f.ring, b, m.axis[1], z, y);
             for (int i = 0; i < f.tiles.n; i += f.strip)
                 for (int h = task.head_begin; h < task.head_end; h++)
                     for (int q = 0; q < group; q++) {
@@ -251,10 +327,16 @@ static void forward_map(const Problem &p, const Map &m, const Block &b, const Ta
                         const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
                                   x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
                         Ahead ahead;
-                        ahead.add(query, z, next.query_begin, next.query_end, x, x_end, head, p.dim);
-                        if (!q) {
-                            ahead.add(key, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim);
-                            ahead.add(value, b.key_begin[0], next.key_begin, next.key_end, x, x_end, h, p.dim_v);
+                        if (!next.next_map || next_map) {
+                            const Map &of = next.next_map ? *next_map : m;
+                            ahead.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x, x_end,
+                                      head, p.dim);
+                            if (!q) {
+                                ahead.add(view<const T>(p.key, p, of), next.key_z, next.key_begin, next.key_end, x,
+                                          x_end, h, p.dim);
+                                ahead.add(view<const T>(p.value, p, of), next.key_z, next.key_begin, next.key_end, x,
+                                          x_end, h, p.dim_v);
+                            }
                         }
                         forward_strip<T>(p, query, out, lse, f, t, f.columns + i, n, local, head, local * group + q,
                                          ahead);
@@ -276,7 +358,7 @@ static void forward_task(int64_t i, void *context) {
     const int group = p.queries_per_kv_head(), heads = (task.head_end - task.head_begin) * group;
     for (int64_t n = task.map_begin; n < task.map_end;) {
         const Map m = map_of(p, n);
-        const int64_t images = p.batch - m.batch < task.map_end - n ? p.batch - m.batch : task.map_end - n;
+        const int64_t maps = maps_alike(p, n, task.map_end);
         for_each_block(job.plan, m, task.lead, [&](const Block &b) {
             ForwardBuffers f;
             Arena arena;
@@ -290,13 +372,14 @@ static void forward_task(int64_t i, void *context) {
             lay_out(f, arena, p, m, b, task);
             fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
             clear(f.keys);
-            for (int64_t image = 0; image < images; image++) {
-                Map one = m;
-                one.batch += int(image);
-                forward_map<T>(p, one, b, task, f);
+            Map one = m;
+            for (int64_t i = 0; i < maps; i++) {
+                const Map next = map_of(p, i + 1 < maps ? n + i + 1 : n);
+                forward_map<T>(p, one, i + 1 < maps ? &next : nullptr, b, task, f);
+                one = next;
             }
         });
-        n += images;
+        n += maps;
     }
 }
 

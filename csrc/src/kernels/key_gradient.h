@@ -72,6 +72,7 @@ struct KeyGradient {
     int n_blocks, vectors_at_once; // what the blocks are made for
     const Run *run;                // the queries
     const int *first, *end;        // keys of each
+    int advance;                   // how evenly they advance: see advance_of
 };
 
 // Which keys [low, high) of a block of n each query row adds to. Rows whose windows start one after another leave a triangle
@@ -208,31 +209,6 @@ static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *
     }
 }
 
-// A single query row with a single key row, as in a sequence: the accumulators are neighbouring key columns, whose weights lie at
-// the same distances as those of key rows elsewhere. Queries that see all of a block's columns go together, others one by one.
-template <int vectors>
-static void add_sequence(const KeyGradient &g, Real *gradient, const Real *weights, const Real *v, int advance) {
-    const int n = g.run->n, end = g.end[n - 1];
-    constexpr int most = gradient_rows(vectors);
-    for (int x = g.first[0]; x < end; x += most) {
-        const int keys = end - x < most ? end - x : most;
-        Real *row[most];
-        for (int i = 0; i < most; i++) row[i] = gradient + (int64_t)(x + (i < keys ? i : 0)) * g.width;
-        Vec a[gradient_rows(vectors)][vectors];
-        load_block(a, row, 0);
-        for (int l = 0, next; l < n; l = next) {
-            next = l + 1;
-            int low = g.first[l] > x ? g.first[l] - x : 0, high = g.end[l] - x < keys ? g.end[l] - x : keys;
-            if (low >= high) continue;
-            const bool whole = advance >= 0 && low == 0 && high == keys;
-            while (whole && next < n && g.first[next] <= x && g.end[next] - x >= keys) next++;
-            add_span(a, low, high, weights + (x - g.first[l]) * g.step + l * g.run->step,
-                     g.run->step - advance * g.step, v + (int64_t)l * g.width, g.width, next - l);
-        }
-        store_block(a, row, 0, keys);
-    }
-}
-
 // How evenly the first keys of a run advance: 0, 1, or -1 for neither; every query must see as many keys.
 static int advance_of(const KeyGradient &g) {
     const int n = g.run->n, advance = n > 1 ? g.first[1] - g.first[0] : 0;
@@ -248,11 +224,9 @@ static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int 
     constexpr int most = gradient_rows(vectors);
     Real *row[most];
     for (int i = 0; i < most; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
-    const bool sequence = t.n == 1 && b.keys == 1 && g.step == lanes;
     const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v =
                                                                                                              g.vectors +
                                                                                                              c0;
-    if (sequence) return add_sequence<vectors>(g, row[0], weights, v, advance);
     const int64_t row_step = g.weights_row - lanes * (t.n > 1 ? t.shift[1] - t.shift[0] : 0);
     switch (advance < 0 ? -1 : b.pattern) {
 #define NBHD_CASE(n, head, tail)                                                                                       \
@@ -285,6 +259,60 @@ static void key_gradient(const KeyGradient &gradient) {
         for (; c + 2 * lanes <= g.width; c += 2 * lanes) gradient_of_block<2>(g, g.blocks[i], advance, c);
         if (c < g.width) gradient_of_block<1>(g, g.blocks[i], advance, c);
     }
+}
+
+// A single query row with a single key row, as in a sequence: the accumulators are neighbouring key columns, whose weights lie at
+// the same distances as those of key rows elsewhere. The queries of several runs go together. Those of a run that see all of
+// the columns are taken in one loop, others one by one.
+static bool is_sequence(const RowTile &t, int64_t step) { return t.n == 1 && t.key_rows == 1 && step == lanes; }
+
+template <int vectors>
+static void add_sequence(const KeyGradient *runs, int n_runs, int c0) {
+    constexpr int most = gradient_rows(vectors);
+    const KeyGradient &all = runs[0];
+    Real *const gradient = all.gradient + all.rows->key[0].ring * all.ring_row + c0;
+    const int width = all.width;
+    const int64_t step = all.step;
+    int begin = all.first[0], end = all.end[all.run->n - 1];
+    for (int i = 1; i < n_runs; i++) {
+        if (runs[i].first[0] < begin) begin = runs[i].first[0];
+        if (runs[i].end[runs[i].run->n - 1] > end) end = runs[i].end[runs[i].run->n - 1];
+    }
+    for (int x = begin; x < end; x += most) {
+        const int columns = end - x < most ? end - x : most;
+        Real *row[most];
+        for (int i = 0; i < most; i++) row[i] = gradient + (int64_t)(x + (i < columns ? i : 0)) * width;
+        Vec a[most][vectors];
+        load_block(a, row, 0);
+        for (int i = 0; i < n_runs; i++) {
+            const KeyGradient &g = runs[i];
+            const int n = g.run->n, lane_step = g.run->step;
+            if (g.first[0] >= x + columns || g.end[n - 1] <= x) continue;
+            const Real *const weights = g.weights + (int64_t)g.rows->key[0].slot * lanes + g.run->lane, *const v =
+                                                                                                            g.vectors +
+                                                                                                            c0;
+            for (int l = 0, next; l < n; l = next) {
+                next = l + 1;
+                const int low = g.first[l] > x ? g.first[l] - x : 0,
+                          high = g.end[l] - x < columns ? g.end[l] - x : columns;
+                if (low >= high) continue;
+                const bool whole = g.advance >= 0 && low == 0 && high == columns;
+                while (whole && next < n && g.first[next] <= x && g.end[next] - x >= columns) next++;
+                add_span(a, low, high, weights + (x - g.first[l]) * step + l * lane_step, lane_step - g.advance * step,
+                         v + (int64_t)l * width, width, next - l);
+            }
+        }
+        store_block(a, row, 0, columns);
+    }
+}
+static void sequence_gradient(KeyGradient *runs, int n_runs) {
+    for (int i = 0; i < n_runs; i++) runs[i].advance = advance_of(runs[i]);
+    const int width = runs[0].width;
+    int c = 0;
+    if (runs[0].vectors_at_once == 4)
+        for (; c < width; c += 4 * lanes) add_sequence<4>(runs, n_runs, c);
+    for (; c + 2 * lanes <= width; c += 2 * lanes) add_sequence<2>(runs, n_runs, c);
+    if (c < width) add_sequence<1>(runs, n_runs, c);
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -50,7 +50,7 @@ static void leading_range(const Ring &r, const Map &m, int z, int y, int n, int 
 // What the next row tile will read (its queries and, where the ring moves along Y, its new keys) is asked for while this one is
 // computed, a few tokens between one block of products and the next: asked for at once they would only wait for one another.
 struct Ahead {
-    static constexpr int most_rows = 4 * tile_rows; // of up to four tensors
+    static constexpr int most_rows = 32;
     struct Row {
         const char *token;
         int64_t stride;
@@ -76,13 +76,29 @@ struct Ahead {
     }
 };
 
+// The rows of the tile after (z, y): of this map or, after the last, of the task's next one, and those of its keys that are new.
+// In 3D a whole plane of keys is new at once: every tile of a plane asks for its share of the next.
 struct NextRows {
-    int query_begin, query_end, key_begin, key_end;
+    bool next_map;
+    int z, query_begin, query_end, key_z, key_begin, key_end;
 };
-static NextRows next_rows(const Ring &r, const Block &b, int y) {
-    NextRows n{y + tile_rows, y + 2 * tile_rows, r.packed, r.shape.planes ? r.packed : r.packed + tile_rows};
-    if (n.query_end > b.end[1]) n.query_end = b.end[1];
-    if (n.key_end > b.key_end[1] && !r.shape.planes) n.key_end = b.key_end[1];
+static NextRows next_rows(const Ring &r, const Block &b, const GroupAxis &y_axis, int z, int y) {
+    const auto least = [](int a, int c) { return a < c ? a : c; };
+    const bool plane_ends = y + tile_rows >= b.end[1];
+    NextRows n{plane_ends && z + 1 == b.end[0], z, y + tile_rows, 0, b.key_begin[0], r.packed, r.packed + tile_rows};
+    if (plane_ends) n.z = n.next_map ? b.begin[0] : z + 1, n.query_begin = b.begin[1];
+    n.query_end = least(n.query_begin + tile_rows, b.end[1]);
+    if (r.shape.planes) {
+        const int tiles = (b.end[1] - b.begin[1] + tile_rows - 1) / tile_rows, tile = (y - b.begin[1]) / tile_rows;
+        n.key_z = r.packed;
+        n.key_begin = b.key_begin[1] + r.shape.rows * tile / tiles,
+        n.key_end = b.key_begin[1] + r.shape.rows * (tile + 1) / tiles;
+        if (n.next_map || r.packed >= b.key_end[0]) n.key_end = n.key_begin;
+    } else if (n.next_map) {
+        n.key_begin = b.key_begin[1], n.key_end = y_axis.end(n.query_end - 1);
+    } else {
+        n.key_end = least(n.key_end, b.key_end[1]);
+    }
     return n;
 }
 

@@ -41,6 +41,7 @@ struct ScoreRow {
     Real *scores[tile_rows]; // by row, for offset 0
     int64_t score_step;      // from an offset to the next
     Real *maximum;           // [row][lane], raised to the scores; or null
+    int64_t maximum_row;     // from a row to the next
 };
 
 // Offsets [from, from + offsets).
@@ -73,6 +74,7 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
             for (int r = 0; r < rows; r++) a[r][j] = fma(qv[r], kv, a[r][j]);
         }
     }
+    const int64_t maximum_row = b.maximum_row;
     Real *to[rows], *const maximum = b.maximum; // read before the stores, which could alias them
     const int64_t step = b.score_step;
 #pragma GCC unroll 8
@@ -84,10 +86,10 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
     if (!maximum) return;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        Vec m = load(maximum + r * lanes);
+        Vec m = load(maximum + r * maximum_row);
 #pragma GCC unroll 8
         for (int j = 0; j < offsets; j++) m = max(m, a[r][j]);
-        store(maximum + r * lanes, m);
+        store(maximum + r * maximum_row, m);
     }
 }
 
@@ -100,23 +102,34 @@ NBHD_INLINE void score_parts(const ScoreRow &b) {
         score_parts<rows, keys, left - n, from + n>(b);
     }
 }
-template <int rows, Keys keys, int kernel>
-NBHD_INLINE void score_row(const ScoreRow &b, int run_time_kernel) {
-    if constexpr (kernel > 0) return score_parts<rows, keys, kernel, 0>(b);
+// Offsets [from, to), known at run time.
+template <int rows, Keys keys>
+NBHD_INLINE void score_span(const ScoreRow &b, int from, int to) {
     constexpr int most = offsets_for(rows);
-    const int parts = (run_time_kernel + most - 1) / most;
-    for (int part = 0, from = 0; part < parts; part++) {
-        const int n = (run_time_kernel - from) / (parts - part);
+    for (int parts = (to - from + most - 1) / most; parts > 0; parts--) {
+        const int n = (to - from) / parts;
         switch (n) {
 #define NBHD_CASE(n)                                                                                                   \
     case n:                                                                                                            \
         if constexpr (n <= most) score_block<rows, n, keys>(b, from);                                                  \
         break;
-            NBHD_CASE(1) NBHD_CASE(2) NBHD_CASE(3) NBHD_CASE(4) NBHD_CASE(5) NBHD_CASE(6) NBHD_CASE(7) NBHD_CASE(8)
+            NBHD_CASE(1)
+            NBHD_CASE(2)
+            NBHD_CASE(3)
+            NBHD_CASE(4)
+            NBHD_CASE(5)
+            NBHD_CASE(6)
+            NBHD_CASE(7)
+            NBHD_CASE(8)
 #undef NBHD_CASE
         }
         from += n;
     }
+}
+template <int rows, Keys keys, int kernel>
+NBHD_INLINE void score_row(const ScoreRow &b, int run_time_kernel) {
+    if constexpr (kernel > 0) score_parts<rows, keys, kernel, 0>(b);
+    else score_span<rows, keys>(b, 0, run_time_kernel);
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -54,16 +54,22 @@ struct Columns {
 template <int begin, int end, int columns, int vectors, int rows, class Active>
 NBHD_INLINE void sum_key(Vec (&a)[rows][columns][vectors], const Real *const *weights, const int64_t *column,
                          int64_t at, const Real *values, Active active) {
-    if constexpr (columns == 1 && vectors > 2) { // registers hold the weights and one vector at a time
-        Vec w[rows];
+    if constexpr (vectors > 2) { // registers hold the weights and one vector at a time
+        Vec w[rows][columns];
 #pragma GCC unroll 4
-        for (int r = begin; r < end; r++) w[r] = broadcast(weights[r] + (at + column[0])), keep(w[r]);
+        for (int r = begin; r < end; r++)
+#pragma GCC unroll 8
+            for (int q = 0; q < columns; q++)
+                if (w[r][q] = Vec{}; active(q)) w[r][q] = broadcast(weights[r] + (at + column[q])), keep(w[r][q]);
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++) {
             Vec v = load(values + i * lanes);
             keep(v);
 #pragma GCC unroll 4
-            for (int r = begin; r < end; r++) a[r][0][i] = fma(w[r], v, a[r][0][i]);
+            for (int r = begin; r < end; r++)
+#pragma GCC unroll 8
+                for (int q = 0; q < columns; q++)
+                    if (active(q)) a[r][q][i] = fma(w[r][q], v, a[r][q][i]);
         }
         return;
     }
@@ -226,7 +232,8 @@ static void sum_columns(const WeightedSum &s, int n, int c0) {
     int l = 0;
     if constexpr (columns > 1)
         for (; l + columns <= n; l += columns) {
-            bool one = s.end[l] - s.first[l] >= columns - 1, none = true;
+            bool one = kernel ? s.end[l] - s.first[l] == kernel : s.end[l] - s.first[l] >= columns - 1,
+                 none = !kernel || one;
             for (int q = 1; q < columns; q++) {
                 one &= s.first[l + q] == s.first[l] + q && s.end[l + q] == s.end[l] + q;
                 none &= s.first[l + q] == s.first[l] && s.end[l + q] == s.end[l];
@@ -234,6 +241,14 @@ static void sum_columns(const WeightedSum &s, int n, int c0) {
             if (none) sum_block<rows, columns, vectors, Advance::none, kernel>(s, l, c0);
             else if (one) sum_block<rows, columns, vectors, Advance::one, kernel>(s, l, c0);
             else sum_block<rows, columns, vectors, Advance::any, 0>(s, l, c0);
+        }
+    if constexpr (columns > 2 && vectors > 2)
+        if (n - l == 2) {
+            const bool whole = kernel ? s.end[l] - s.first[l] == kernel : s.end[l] > s.first[l],
+                       none = whole && s.first[l + 1] == s.first[l] && s.end[l + 1] == s.end[l],
+                       one = whole && s.first[l + 1] == s.first[l] + 1 && s.end[l + 1] == s.end[l] + 1;
+            if (none) return sum_block<rows, 2, vectors, Advance::none, kernel>(s, l, c0);
+            if (one) return sum_block<rows, 2, vectors, Advance::one, kernel>(s, l, c0);
         }
     for (; l < n; l++) {
         if (!kernel || s.end[l] - s.first[l] != kernel) sum_block<rows, 1, vectors, Advance::none, 0>(s, l, c0);
