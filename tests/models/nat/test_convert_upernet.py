@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from nbhd.errors import CheckpointError
 from nbhd.models import NatBackbone, NatModel
@@ -68,9 +69,24 @@ def test_upernet_of_mmsegmentation_gives_the_original_scores(segmenter: Path, tm
     found = torch.nn.functional.interpolate(found, pixels.shape[2:], mode="bilinear", align_corners=False)
     torch.testing.assert_close(found, auxiliary, atol=1e-4, rtol=1e-4)
 
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    picture = torch.zeros(3, 40, 60, dtype=torch.uint8).numpy()
-    assert processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 512, 512)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+
+
+def test_image_processor_of_a_converted_segmenter(segmenter: Path, tmp_path: Path) -> None:
+    convert_nat(segmenter, tmp_path / "out", image_size=64)
+    try:
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    except (ImportError, ValueError) as error:
+        assert "torchvision" in str(error).lower()
+        pytest.skip("this transformers' SegformerImageProcessor asks for torchvision")
+    picture = PIL.Image.new("RGB", (60, 40), (255, 255, 255))
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 64)
+    assert pixels[0, 0].unique().item() == pytest.approx((1 - 0.485) / 0.229, abs=1e-5)
+    found = pipeline("image-segmentation", model=str(tmp_path / "out"))(picture)
+    assert {piece["label"] for piece in found} <= {"wall", "sky", "tree", "road"}
 
 
 def test_backbone_of_a_segmenter_loads_by_itself(segmenter: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nbhd._files import write_json
 from nbhd.errors import ArgumentError, CheckpointError, FileError
 from nbhd.models.nat.configuration_nat import NatConfig
 from nbhd.models.nat.convert_upernet import build_upernet, is_upernet, upernet_image_processor
@@ -217,7 +218,7 @@ def _check_output(output: str | os.PathLike[str]) -> Path:
 
 
 def _write_folder(folder: Path, model: PreTrainedModel, processor: Any) -> None:
-    """Fill a folder beside ``folder`` and let it take its place; ``processor`` may be a file to copy."""
+    """Fill a folder beside ``folder`` and let it take its place; ``processor`` may be a file to copy, or settings."""
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:64]}.", suffix=".part"))
     except OSError as error:
@@ -226,6 +227,8 @@ def _write_folder(folder: Path, model: PreTrainedModel, processor: Any) -> None:
         model.save_pretrained(temporary)
         if isinstance(processor, Path):
             shutil.copyfile(processor, temporary / _PROCESSOR)
+        elif isinstance(processor, dict):
+            write_json(temporary / _PROCESSOR, processor)
         else:
             processor.save_pretrained(temporary)
         # Temporary folders, and files of some versions of safetensors, are private; a result is as readable as any

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import PIL.Image
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -58,19 +59,24 @@ def build_upernet(original: Original, config: NatConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def upernet_image_processor(image_size: int, num_labels: int) -> Any:
-    """Pictures to squares of ``image_size`` pixels, normalised as the published models' were.
+def upernet_image_processor(image_size: int, num_labels: int) -> dict[str, Any]:
+    """Settings of an image processor to squares of ``image_size`` pixels, normalised as the published models' were.
 
     mmsegmentation keeps a picture's proportions instead, with a shorter side of 512 pixels.
     """
-    # The one that needs no torchvision; in the oldest versions of transformers that is the plain name.
-    processor = getattr(transformers, "SegformerImageProcessorPil", None) or transformers.SegformerImageProcessor
-    return processor(
-        size={"height": image_size, "width": image_size},
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-        do_reduce_labels=num_labels == 150,  # ADE20K: 0 is no class
-    )
+    # Not an object of the class: in some versions of transformers (5.5 to 5.20) it asks for torchvision, without need.
+    return {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": int(PIL.Image.Resampling.BILINEAR),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+        "do_reduce_labels": num_labels == 150,  # ADE20K: 0 is no class
+    }
 
 
 def _config(heads: dict[str, torch.Tensor], backbone: NatConfig) -> Any:
