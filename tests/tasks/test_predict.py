@@ -254,6 +254,20 @@ def test_other_architectures(tmp_path: Path, files: list[Path]) -> None:
     assert len(Classifier(tmp_path / "vit", "cpu").predict(files[0])[0].predictions) == 3
 
 
+def test_a_dinat_of_transformers_needs_no_natten(tmp_path: Path, files: list[Path]) -> None:
+    from transformers import DinatConfig
+
+    from nbhd.models import NatConfig, NatForImageClassification
+
+    sizes = {"embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "kernel_size": 3, "dilations": [[1, 2], [4]]}
+    folder = tmp_path / "dinat"
+    DinatConfig(**sizes, num_labels=3).save_pretrained(folder)
+    weights = NatForImageClassification(NatConfig(**sizes, num_labels=3)).state_dict()
+    torch.save({name.replace("nat.", "dinat."): value for name, value in weights.items()}, folder / "pytorch_model.bin")
+    classifier = Classifier(folder, "cpu")
+    assert len(classifier.predict(files[0])[0].predictions) == 3
+
+
 def refused(model: object) -> str:
     with pytest.raises(CheckpointError) as caught:
         Classifier(model, "cpu")  # type: ignore[arg-type]

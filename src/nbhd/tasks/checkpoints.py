@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 
 from nbhd.checkpoints import default_checkpoint
-from nbhd.errors import CheckpointError
+from nbhd.errors import ArgumentError, CheckpointError
+from nbhd.tasks.devices import resolve_device
 
 #: Files of a hub repository that are needed; the second list is for repositories without safetensors.
 _WANTED = (
@@ -30,39 +32,62 @@ class Loaded:
     Attributes:
         model: a transformers model in evaluation mode, on its device.
         processor: the image processor that belongs to it.
-        source: the folder the files came from.
+        source: the folder the files came from, or the exported file.
+        runtime: ``"torch"``; of an exported file ``"onnx"``, ``"torch-export"`` or ``"aoti"``.
     """
 
     model: Any
     processor: Any
     source: Path
+    runtime: str = "torch"
+
+
+def is_exported(model: str | os.PathLike[str] | None) -> bool:
+    """Whether this names a file that ``nbhd export`` wrote, by its ending."""
+    return model is not None and Path(model).suffix in (".onnx", ".pt2") and Path(model).expanduser().is_file()
+
+
+def device_for(model: str | os.PathLike[str] | None, device: str | torch.device | None) -> torch.device:
+    """The device named, or for None the best one here for this model: exported files run on the CPU.
+
+    Raises:
+        ArgumentError: there is no such device, or the model does not run on it.
+    """
+    found = resolve_device("cpu" if device is None and is_exported(model) else device)
+    if found.type != "cpu" and is_exported(model):
+        raise ArgumentError(f"device {str(device)!r}: exported files run on the CPU. Leave it out, or name the folder.")
+    return found
 
 
 def load_classifier(model: str | os.PathLike[str] | None, device: torch.device) -> Loaded:
     """Load an image classification model of any architecture transformers knows, NAT included.
 
     Args:
-        model: a folder written by ``save_pretrained``, a hub id, or None for the checkpoint that comes with the
-        package. A
-            folder wins over a hub id of the same name. Code that a repository brings along is never run.
+        model: a folder written by ``save_pretrained``, a file written by ``nbhd export``, a hub id, or None for the
+            checkpoint that comes with the package. A folder wins over a hub id of the same name. Code that a repository
+            brings along is never run.
         device: where to put it. On a CPU the weights become float32 whatever they were stored in; elsewhere they keep
-        their
-            dtype.
+            their dtype.
 
     Raises:
         CheckpointError: there is no such model, it cannot be read, is not an image classifier, or lacks weights.
     """
+    if model is not None and is_exported(model):
+        return _exported(Path(model).expanduser())
     folder = model_folder(model)
     named = str(model) if model is not None else "the default checkpoint"
     _check_config(folder, named)
 
     import transformers
 
-    import nbhd.models  # noqa: F401  (registers NAT with the Auto classes)
+    from nbhd.models import NatForImageClassification  # the import registers NAT with the Auto classes, too
 
+    # A DiNAT is a NAT with dilations, and transformers' own class needs NATTEN.
+    is_dinat = _model_type(folder) == "dinat"
+    kind: Any = NatForImageClassification if is_dinat else transformers.AutoModelForImageClassification
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
-        network, info = transformers.AutoModelForImageClassification.from_pretrained(
+        network, info = kind.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers, safetensors and torch raise each their own kinds for a bad checkpoint
@@ -78,7 +103,18 @@ def load_classifier(model: str | os.PathLike[str] | None, device: torch.device) 
         raise CheckpointError(
             f"{named} wants pictures of {channels} channels (num_channels), but pictures are read as RGB."
         )
-    return Loaded(network.to(device).eval(), _processor(folder, named), folder)
+    return Loaded(network.to(device).eval(), load_processor(folder, named), folder)
+
+
+def _exported(path: Path) -> Loaded:
+    from nbhd.export.runtime import open_exported
+
+    model = open_exported(path)
+    if model.facts.task != "image-classification":
+        raise CheckpointError(f"{path} is no classifier: it was exported for {model.facts.task}.")
+    if model.facts.channels != 3:
+        raise CheckpointError(f"{path} wants pictures of {model.facts.channels} channels, but pictures are read as RGB.")
+    return Loaded(model, model.processor(), path, model.kind)
 
 
 def model_folder(model: str | os.PathLike[str] | None) -> Path:
@@ -94,7 +130,8 @@ def model_folder(model: str | os.PathLike[str] | None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"model {name!r} is a file. Name the folder that holds config.json and the weights.")
+        raise CheckpointError(f"model {name!r} is a file. Name the folder that holds config.json and the weights,"
+            " or a file that `nbhd export` wrote (.onnx, .pt2).")
     if not _HUB_ID.fullmatch(name) or ".." in name:
         raise CheckpointError(f"model {name!r}: there is no such folder.")
     return _download(name)
@@ -124,7 +161,14 @@ def _check_config(folder: Path, named: str) -> None:
     raise CheckpointError(f"{named} is not a model: {folder} holds no config.json.{hint}")
 
 
-def _processor(folder: Path, named: str) -> Any:
+def _model_type(folder: Path) -> object:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # for transformers to complain of
+
+
+def load_processor(folder: Path, named: str) -> Any:
     """The folder's image processor, or NAT's default if it has none."""
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         from nbhd.models.nat import NatImageProcessor

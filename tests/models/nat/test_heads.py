@@ -62,6 +62,21 @@ def test_saved_and_loaded_again_it_gives_the_same_bits(head: Head, tmp_path: Pat
 
 
 @every_head
+def test_backbone_of_a_saved_head_loads_by_itself(head: Head, tmp_path: Path) -> None:
+    model = head.build().eval()
+    model.save_pretrained(tmp_path)
+    backbone, info = NatBackbone.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    expected = inside(model).state_dict()
+    assert backbone.state_dict().keys() == expected.keys()
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert backbone.out_features == [f"stage{stage}" for stage in head.stages]
+    backbone.save_pretrained(tmp_path / "backbone")
+    assert not NatBackbone.from_pretrained(tmp_path / "backbone", output_loading_info=True)[1]["missing_keys"]
+
+
+@every_head
 def test_weights_of_a_backbone_can_be_put_inside(head: Head) -> None:
     model = head.build()
     backbone = NatBackbone(model.config.backbone_config)

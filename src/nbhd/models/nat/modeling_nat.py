@@ -87,6 +87,8 @@ class NatPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["NatEmbeddings", "NatLayer"]  # noqa: RUF012
     #: What stands before the names of `NatModel`'s weights.
     _nat_prefix = ""
+    #: Names in folders of other makes, as patterns: a DiNAT's are a NAT's but for the first word.
+    _renames = {r"^dinat\.": "nat."}  # noqa: RUF012
 
     def __init__(self, config: NatConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -131,8 +133,7 @@ class NatPreTrainedModel(PreTrainedModel):
         original = None if file is None else read_original(file)
         folder = None if file is None else folder_of(file)
         if original is None or (folder is not None and original.is_of_transformers):
-            # Whatever a folder calls itself: a DiNAT's names are a NAT's but for the first word.
-            kwargs["key_mapping"] = {r"^dinat\.": "nat."} | (kwargs.get("key_mapping") or {})
+            kwargs["key_mapping"] = cls._renames | (kwargs.get("key_mapping") or {})
             return super().from_pretrained(folder or name, *model_args, **kwargs)
 
         config = kwargs.pop("config", None)
@@ -293,7 +294,15 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
 
     Maps of the stages in ``config.out_features``, each with a layer norm of its own; the strides are ``patch_size`` for
     ``stem`` and ``stage1``, then twice as much with each stage. Stages after the last one asked for do not run.
+
+    ``from_pretrained`` also takes the folder of a head of transformers with a NAT inside, and leaves the head.
     """
+
+    # A head's folder: where UPerNet and VitMatte, the DETR family, and MaskFormer and Mask2Former keep their backbone.
+    _renames = NatPreTrainedModel._renames | {
+        r"^(?:model\.)?backbone\.(?:conv_encoder\.)?(?:model\.)?": "",
+        r"^model\.pixel_level_module\.encoder\.": "",
+    }
 
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)
