@@ -178,6 +178,23 @@ def test_the_log_sum_exp_merges_parts_of_an_attention_with_right_gradients():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "bad", [{"kernel_size": 3.0}, {"kernel_size": 3, "stride": True}, {"kernel_size": 3, "is_causal": 0}]
+)
+def test_what_equals_a_good_argument_is_refused_after_it_too(bad):
+    nbhd.na2d(Q, K, V, 3)
+    with pytest.raises(ArgumentError, match="must be"):
+        nbhd.na2d(Q, K, V, **bad)
+
+
+def test_autocast_does_not_shorten_the_sums_of_the_reference():
+    query, key, value = (t.float() * 3 for t in (Q, K, V))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = nbhd.na2d(query, key, value, 3, backend="reference")
+    outside = nbhd.na2d(query.bfloat16(), key.bfloat16(), value.bfloat16(), 3, backend="reference")
+    assert torch.equal(inside, outside)
+
+
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch):
     from nbhd.backends import reference
 

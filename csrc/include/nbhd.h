@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NBHD_ABI_VERSION 1
+#define NBHD_ABI_VERSION 2
 
 enum {
     NBHD_OK = 0,
@@ -60,7 +60,7 @@ typedef struct nbhd_call {
     const int64_t *first[3], *count[3];
     double scale;
     nbhd_tensor query, key, value, out; /* out: written by the forward, not read by the backward */
-    void *lse;                /* real [batch, Z, Y, X, heads], dense; written by the forward, read by the backward */
+    void *lse; /* real [batch, Z, Y, X, heads], dense; written by the forward (null: not), read by the backward */
     const void *rel_pos_bias; /* real [heads, 2 kz - 1, 2 ky - 1, 2 kx - 1], dense, or null */
     /* the backward only */
     nbhd_tensor d_out, d_query, d_key, d_value;
@@ -69,10 +69,25 @@ typedef struct nbhd_call {
     /* threads: parallel_for of the host (null: threads of the library's own), at most `threads` at once */
     nbhd_parallel_for parallel_for;
     int64_t threads;
+    /* the unfused pair only: [batch, Z, Y, X, heads, kz * ky * kx], a window's slots contiguous and row-major */
+    nbhd_tensor weights, d_weights;
 } nbhd_call;
 
+/* Attention, and its gradients. */
 NBHD_API int32_t nbhd_forward(const nbhd_call *call);
 NBHD_API int32_t nbhd_backward(const nbhd_call *call);
+
+/* Its two halves. Tensors that a half does not name are not looked at.
+ *
+ *   scores                 weights = scale Q K^T + rel_pos_bias, minus infinity in slots without a key
+ *   scores_backward        d_query, d_key, d_rel_pos_bias from d_weights, query, key
+ *   weighted_sum           out = weights V
+ *   weighted_sum_backward  d_weights (zero in slots without a key), d_value from d_out, weights, value
+ */
+NBHD_API int32_t nbhd_scores(const nbhd_call *call);
+NBHD_API int32_t nbhd_scores_backward(const nbhd_call *call);
+NBHD_API int32_t nbhd_weighted_sum(const nbhd_call *call);
+NBHD_API int32_t nbhd_weighted_sum_backward(const nbhd_call *call);
 
 NBHD_API int32_t nbhd_abi_version(void);
 NBHD_API const char *nbhd_isa(void); /* the instruction set in use: "avx512", "avx2", "baseline", "neon" or "none" */

@@ -95,7 +95,49 @@ Tensor tensor(const nbhd_tensor &t) {
     return Tensor{t.data, t.stride[0], {t.stride[1], t.stride[2], t.stride[3]}, t.stride[4]};
 }
 
-int32_t run(const nbhd_call *call, bool backward) {
+struct Entry {
+    Part part;
+    bool backward;
+};
+
+// The tensors an entry point reads or writes, as members of the call and of the problem.
+struct Use {
+    nbhd_tensor nbhd_call::*of_call;
+    Tensor Problem::*of_problem;
+    bool (*used)(Part, bool backward);
+};
+const Use uses[] = {
+    {&nbhd_call::query, &Problem::query, [](Part p, bool) { return p != Part::sum; }},
+    {&nbhd_call::key, &Problem::key, [](Part p, bool) { return p != Part::sum; }},
+    {&nbhd_call::value, &Problem::value, [](Part p, bool) { return p != Part::scores; }},
+    {&nbhd_call::out, &Problem::out, [](Part p, bool b) { return p != Part::scores && !b; }},
+    {&nbhd_call::d_out, &Problem::d_out, [](Part p, bool b) { return p != Part::scores && b; }},
+    {&nbhd_call::d_query, &Problem::d_query, [](Part p, bool b) { return p != Part::sum && b; }},
+    {&nbhd_call::d_key, &Problem::d_key, [](Part p, bool b) { return p != Part::sum && b; }},
+    {&nbhd_call::d_value, &Problem::d_value, [](Part p, bool b) { return p != Part::scores && b; }},
+    {&nbhd_call::weights, &Problem::weights,
+     [](Part p, bool b) { return p == Part::sum || (p == Part::scores && !b); }},
+    {&nbhd_call::d_weights, &Problem::d_weights, [](Part p, bool b) { return p != Part::attention && b; }},
+};
+
+int32_t check_pointers(const nbhd_call &c, Entry e) {
+    const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4, element = c.dtype == NBHD_FLOAT64   ? 8
+                                                                   : c.dtype == NBHD_FLOAT32 ? 4
+                                                                                             : 2;
+    if (c.batch > 0) {
+        for (const Use &u : uses)
+            if (u.used(e.part, e.backward) && !aligned((c.*u.of_call).data, element)) return NBHD_BAD_POINTER;
+        if (e.part == Part::attention && (e.backward || c.lse) && !aligned(c.lse, real)) return NBHD_BAD_POINTER;
+    }
+    if (e.part == Part::sum) return NBHD_OK;
+    if (c.rel_pos_bias && !aligned(c.rel_pos_bias, real)) return NBHD_BAD_POINTER;
+    if (!e.backward) return NBHD_OK;
+    if (e.part == Part::attention && c.d_lse && !aligned(c.d_lse, real)) return NBHD_BAD_POINTER;
+    if (c.d_rel_pos_bias && (!c.rel_pos_bias || !aligned(c.d_rel_pos_bias, real))) return NBHD_BAD_POINTER;
+    return NBHD_OK;
+}
+
+int32_t run(const nbhd_call *call, Entry e) {
     if (!call || call->size < int64_t(sizeof(nbhd_call))) return NBHD_BAD_STRUCT;
     if (call->size > int64_t(sizeof(nbhd_call))) { // a newer caller: fine while what we do not know is zero
         if (call->size > 4096) return NBHD_BAD_STRUCT;
@@ -106,44 +148,35 @@ int32_t run(const nbhd_call *call, bool backward) {
     const nbhd_call &c = *call;
     if (c.dtype < NBHD_FLOAT32 || c.dtype > NBHD_FLOAT64) return NBHD_BAD_DTYPE;
     if (const int32_t status = check_shape(c)) return status;
-    const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4, element = c.dtype == NBHD_FLOAT64   ? 8
-                                                                   : c.dtype == NBHD_FLOAT32 ? 4
-                                                                                             : 2;
-    if (c.batch > 0) {
-        if (!aligned(c.query.data, element) || !aligned(c.key.data, element) || !aligned(c.value.data, element) ||
-            !aligned(c.lse, real))
-            return NBHD_BAD_POINTER;
-        if (!backward && !aligned(c.out.data, element)) return NBHD_BAD_POINTER;
-        if (backward && (!aligned(c.d_out.data, element) || !aligned(c.d_query.data, element) ||
-                         !aligned(c.d_key.data, element) || !aligned(c.d_value.data, element)))
-            return NBHD_BAD_POINTER;
-    }
-    if (c.rel_pos_bias && !aligned(c.rel_pos_bias, real)) return NBHD_BAD_POINTER;
-    if (backward && c.d_lse && !aligned(c.d_lse, real)) return NBHD_BAD_POINTER;
-    if (backward && c.d_rel_pos_bias && (!c.rel_pos_bias || !aligned(c.d_rel_pos_bias, real))) return NBHD_BAD_POINTER;
+    if (e.part != Part::attention && !product_fits({c.batch > 0 ? c.batch : 1, c.length[0], c.length[1], c.length[2],
+                                                    c.heads, c.kernel_size[0] * c.kernel_size[1] * c.kernel_size[2]},
+                                                   int64_t(1) << 48))
+        return NBHD_BAD_SHAPE;
+    if (const int32_t status = check_pointers(c, e)) return status;
 
+    const bool biased = c.rel_pos_bias && e.part != Part::sum;
     Tables tables;
     for (int a = 0; a < 3; a++) {
         if (!to_places(c, a, tables)) return NBHD_BAD_GEOMETRY;
-        if (c.rel_pos_bias && !bias_fits(c, a, tables)) return NBHD_BAD_GEOMETRY;
+        if (biased && !bias_fits(c, a, tables)) return NBHD_BAD_GEOMETRY;
     }
     Problem p{};
-    p.dtype = Dtype(c.dtype), p.batch = c.batch;
+    p.part = e.part, p.dtype = Dtype(c.dtype), p.batch = c.batch;
     p.heads = int(c.heads), p.kv_heads = int(c.kv_heads), p.dim = int(c.dim), p.dim_v = int(c.dim_v);
     for (int a = 0; a < 3; a++)
         p.axis[a] = Axis{int(c.length[a]), int(c.kernel_size[a]), int(c.dilation[a]), tables.first[a].data(),
                          tables.count[a].data()};
     p.scale = c.scale, p.cache_bytes = cache_bytes();
-    p.query = tensor(c.query), p.key = tensor(c.key), p.value = tensor(c.value), p.out = tensor(c.out);
-    p.lse = c.lse, p.bias = c.rel_pos_bias;
-    if (backward) {
-        p.d_out = tensor(c.d_out), p.d_query = tensor(c.d_query), p.d_key = tensor(c.d_key),
-        p.d_value = tensor(c.d_value);
-        p.d_lse = c.d_lse, p.d_bias = c.d_rel_pos_bias;
-    }
+    for (const Use &u : uses)
+        if (u.used(e.part, e.backward)) p.*u.of_problem = tensor(c.*u.of_call);
+    if (biased) p.bias = c.rel_pos_bias;
+    if (e.part == Part::attention) p.lse = c.lse;
+    if (e.part == Part::attention && e.backward) p.d_lse = c.d_lse;
+    if (biased && e.backward) p.d_bias = c.d_rel_pos_bias;
     const InstructionSet *set = instruction_set();
     if (!set) return NBHD_UNSUPPORTED;
     if (c.batch == 0) { // no query: the bias gradient is an empty sum
+        const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4;
         if (p.d_bias) memset(p.d_bias, 0, size_t(p.heads) * size_t(p.bias_rows()) * size_t(p.bias_columns()) * real);
         return NBHD_OK;
     }
@@ -151,12 +184,12 @@ int32_t run(const nbhd_call *call, bool backward) {
     const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1      ? 1
                                                                     : c.threads > 1024 ? 1024
                                                                                        : c.threads};
-    return (backward ? kernels.backward : kernels.forward)(p, threads) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
+    return (e.backward ? kernels.backward : kernels.forward)(p, threads) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
 }
 
-int32_t guarded(const nbhd_call *call, bool backward) noexcept {
+int32_t guarded(const nbhd_call *call, Part part, bool backward) noexcept {
     try {
-        return run(call, backward);
+        return run(call, Entry{part, backward});
     } catch (const std::bad_alloc &) { return NBHD_OUT_OF_MEMORY; } catch (...) {
         return NBHD_UNSUPPORTED;
     }
@@ -167,8 +200,12 @@ int32_t guarded(const nbhd_call *call, bool backward) noexcept {
 
 extern "C" {
 
-int32_t nbhd_forward(const nbhd_call *call) { return nbhd::guarded(call, false); }
-int32_t nbhd_backward(const nbhd_call *call) { return nbhd::guarded(call, true); }
+int32_t nbhd_forward(const nbhd_call *call) { return nbhd::guarded(call, nbhd::Part::attention, false); }
+int32_t nbhd_backward(const nbhd_call *call) { return nbhd::guarded(call, nbhd::Part::attention, true); }
+int32_t nbhd_scores(const nbhd_call *call) { return nbhd::guarded(call, nbhd::Part::scores, false); }
+int32_t nbhd_scores_backward(const nbhd_call *call) { return nbhd::guarded(call, nbhd::Part::scores, true); }
+int32_t nbhd_weighted_sum(const nbhd_call *call) { return nbhd::guarded(call, nbhd::Part::sum, false); }
+int32_t nbhd_weighted_sum_backward(const nbhd_call *call) { return nbhd::guarded(call, nbhd::Part::sum, true); }
 int32_t nbhd_abi_version(void) { return NBHD_ABI_VERSION; }
 
 const char *nbhd_isa(void) {

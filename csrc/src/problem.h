@@ -25,14 +25,20 @@ struct Tensor {
     int64_t batch, axis[3], head; // strides in elements; channels are contiguous
 };
 
+// What a call computes: attention, or one half of it with the weights of every query in memory between the two.
+enum class Part { attention, scores, sum };
+
 struct Problem {
+    Part part;
     Dtype dtype;
     int64_t batch;
     int heads, kv_heads, dim, dim_v;
     Axis axis[3]; // Z, Y, X
     double scale;
-    Tensor query, key, value, out, d_out, d_query, d_key, d_value;
-    void *lse;
+    Tensor query, key, value, out, d_out, d_query, d_key, d_value; // without data where the part has no use for them
+    Tensor weights,
+        d_weights; // [batch, Z, Y, X, head, slot] of the halves; the scores, where those are what is computed
+    void *lse;     // or null: nobody wants it
     const void *d_lse, *bias;
     void *d_bias;
     int64_t cache_bytes; // that packed keys may take: about a second-level cache

@@ -100,7 +100,8 @@ struct Prepared {
     truth::Case c;
     truth::Tensors t;
     int64_t dtype, real;
-    Stored query, key, value, out, d_out, d_query, d_key, d_value;
+    truth::Pair pair;
+    Stored query, key, value, out, d_out, d_query, d_key, d_value, weights, d_weights;
     std::vector<unsigned char> lse, d_lse, bias, d_bias;
     std::vector<int64_t> first[3], count[3];
     nbhd_call call{};
@@ -130,6 +131,9 @@ struct Prepared {
         out.make(c, c.heads, c.dim_v, dtype, layout()), d_query.make(c, c.heads, c.dim, dtype, layout());
         d_key.make(c, c.kv_heads, c.dim, dtype, layout()), d_value.make(c, c.kv_heads, c.dim_v, dtype, layout());
         query.set(t.query), key.set(t.key), value.set(t.value), d_out.set(t.d_out);
+        const int64_t slots = c.axis[0].kernel * c.axis[1].kernel * c.axis[2].kernel;
+        fill(pair.weights, n * c.heads * slots), fill(pair.d_scores, n * c.heads * slots);
+        weights.make(c, c.heads, slots, dtype, layout()), d_weights.make(c, c.heads, slots, dtype, layout());
         d_lse = stored(t.d_lse, real), bias = stored(t.bias, real);
         lse.assign(size_t(n * c.heads) * element_size(real), 0xff), d_bias.assign(bias.size(), 0xff);
         call.size = sizeof call, call.dtype = dtype, call.batch = c.batch, call.heads = c.heads,
@@ -145,6 +149,7 @@ struct Prepared {
         }
         call.query = query.view, call.key = key.view, call.value = value.view, call.out = out.view,
         call.d_out = d_out.view;
+        call.weights = weights.view, call.d_weights = d_weights.view;
         call.d_query = d_query.view, call.d_key = d_key.view, call.d_value = d_value.view;
         call.lse = lse.data(), call.d_lse = c.d_lse ? d_lse.data() : nullptr;
         call.rel_pos_bias = c.bias ? bias.data() : nullptr, call.d_rel_pos_bias = c.bias ? d_bias.data() : nullptr;

@@ -1,8 +1,11 @@
 // Random geometries, dtypes, layouts and thread counts against plain loops in double.
 //
 //   fuzz [cases = 10000] [seed = 1]       exit 77: NBHD_CPU_ISA names a set this machine does not have
+#include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
+#include <string>
 
 #include "call.h"
 
@@ -50,6 +53,56 @@ double deviation(const std::vector<double> &ours, const std::vector<double> &tru
     return off / most;
 }
 
+struct Result {
+    const char *name;
+    std::vector<double> ours;
+    const std::vector<double> *truth;
+    bool real;       // stays in Real, whatever the tensors are: the log-sum-exp and the bias gradient
+    bool many;       // a sum over all queries
+    bool difference; // of products of dim_v terms
+};
+
+std::vector<Result> attention(Prepared &p, int32_t &status) {
+    truth::run(p.c, p.t);
+    status = nbhd_forward(&p.call);
+    if (!status) status = nbhd_backward(&p.call);
+    const truth::Tensors &t = p.t;
+    return {{"out", p.out.values(t.out.size()), &t.out, false, false, false},
+            {"lse", p.reals(p.lse), &t.lse, true, false, false},
+            {"d_query", p.d_query.values(t.d_query.size()), &t.d_query, false, false, true},
+            {"d_key", p.d_key.values(t.d_key.size()), &t.d_key, false, false, true},
+            {"d_value", p.d_value.values(t.d_value.size()), &t.d_value, false, false, false},
+            {"d_rel_pos_bias", p.reals(p.d_bias), &t.d_bias, true, true, true}};
+}
+
+// The two halves, each forward and backward. What a half does not name is null.
+std::vector<Result> pair(Prepared &p, int32_t &status) {
+    truth::Pair &t = p.pair;
+    p.weights.set(t.weights), p.d_weights.set(t.d_scores);
+    truth::run_pair(p.c, p.t, t);
+    const nbhd_tensor none{};
+    nbhd_call c = p.call;
+    c.value = c.out = c.d_out = c.d_value = none, c.lse = nullptr, c.d_lse = nullptr;
+    status = nbhd_scores_backward(&c); // reads d_weights
+    Stored scores = p.weights;
+    scores.view.data = scores.memory.data(), c.weights = scores.view;
+    if (!status) status = nbhd_scores(&c);
+    c = p.call;
+    c.query = c.key = c.d_query = c.d_key = none, c.lse = nullptr, c.d_lse = nullptr, c.rel_pos_bias = nullptr;
+    if (!status) status = nbhd_weighted_sum(&c);
+    if (!status) status = nbhd_weighted_sum_backward(&c);
+    std::vector<double> ours = scores.values(t.scores.size());
+    for (size_t i = 0; i < ours.size(); i++) // slots without a key: minus infinity in both
+        if (std::isinf(t.scores[i]) && ours[i] == t.scores[i]) ours[i] = t.scores[i] = 0;
+    return {{"scores", ours, &t.scores, false, false, false},
+            {"d_query of scores", p.d_query.values(t.d_query.size()), &t.d_query, false, false, false},
+            {"d_key of scores", p.d_key.values(t.d_key.size()), &t.d_key, false, false, false},
+            {"d_rel_pos_bias of scores", p.reals(p.d_bias), &t.d_bias, true, true, false},
+            {"weighted sum", p.out.values(t.out.size()), &t.out, false, false, false},
+            {"d_weights", p.d_weights.values(t.d_weights.size()), &t.d_weights, false, false, false},
+            {"d_value of weights", p.d_value.values(t.d_value.size()), &t.d_value, false, false, false}};
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -57,8 +110,7 @@ int main(int argc, char **argv) {
     Random random(uint64_t(argc > 2 ? atol(argv[2]) : 1));
     if (!strcmp(nbhd_isa(), "none")) return printf("skipped: this machine has no %s\n", getenv("NBHD_CPU_ISA")), 77;
     const double tolerance[] = {1e-5, 1.2e-2, 1.6e-3, 1e-13}; // by dtype; the sums run in float (double)
-    const char *names[] = {"out", "lse", "d_query", "d_key", "d_value", "d_rel_pos_bias"};
-    double worst[4][6] = {};
+    std::map<std::string, std::array<double, 4>> worst;
     for (long i = 0; i < cases; i++) {
         truth::Case c;
         do c = random_case(random);
@@ -66,36 +118,27 @@ int main(int argc, char **argv) {
         const int64_t dtype = between(random, 0, 3);
         Prepared p;
         p.make(c, dtype, random);
-        truth::run(c, p.t);
         p.call.threads = between(random, 1, 3);
-        int32_t status = nbhd_forward(&p.call);
-        if (!status) status = nbhd_backward(&p.call);
-        const std::vector<double> ours[] = {p.out.values(p.t.out.size()),         p.reals(p.lse),
-                                            p.d_query.values(p.t.d_query.size()), p.d_key.values(p.t.d_key.size()),
-                                            p.d_value.values(p.t.d_value.size()), p.reals(p.d_bias)};
-        const std::vector<double> *truths[] = {&p.t.out, &p.t.lse, &p.t.d_query, &p.t.d_key, &p.t.d_value, &p.t.d_bias};
-        for (int k = 0; k < 6; k++) {
-            // the log-sum-exp and the bias gradient, a sum over all queries, stay in Real whatever the tensors are
-            const double real = dtype == NBHD_FLOAT64 ? tolerance[3] : tolerance[0];
-            const double allowed = k == 1 ? real : k == 5 ? 10 * real : tolerance[dtype];
-            const bool difference = k == 2 || k == 3 || k == 5; // of products of dim_v terms
-            const double least = difference ? 0.25 * std::sqrt(double(c.dim_v)) : 0.25;
-            const double off = status ? INFINITY : deviation(ours[k], *truths[k], least);
-            worst[dtype][k] = std::max(worst[dtype][k], off);
+        int32_t status;
+        for (const Result &r : i % 2 ? pair(p, status) : attention(p, status)) {
+            const double allowed =
+                (r.real && dtype != NBHD_FLOAT64 ? tolerance[0] : tolerance[dtype]) * (r.many ? 10 : 1);
+            const double least = r.difference ? 0.25 * std::sqrt(double(c.dim_v)) : 0.25;
+            const double off = status ? INFINITY : deviation(r.ours, *r.truth, least);
+            double &most = worst[r.name][size_t(dtype)];
+            most = std::max(most, off);
             if (off <= allowed) continue;
             printf("case %ld: %s off by %g (status %d), dtype %d, threads %d, batch %d, heads %d/%d, dim %d/%d, bias "
                    "%d, d_lse %d\n",
-                   i, names[k], off, status, int(dtype), int(p.call.threads), int(c.batch), int(c.heads),
-                   int(c.kv_heads), int(c.dim), int(c.dim_v), c.bias, c.d_lse);
+                   i, r.name, off, status, int(dtype), int(p.call.threads), int(c.batch), int(c.heads), int(c.kv_heads),
+                   int(c.dim), int(c.dim_v), c.bias, c.d_lse);
             for (const truth::Axis &a : c.axis)
                 printf("  length %d kernel %d stride %d dilation %d causal %d\n", int(a.length), int(a.kernel),
                        int(a.stride), int(a.dilation), a.causal);
             return 1;
         }
     }
-    printf("%s: %ld cases\n", nbhd_isa(), cases);
-    for (int d = 0; d < 4; d++)
-        printf("  dtype %d worst: out %.1e lse %.1e dq %.1e dk %.1e dv %.1e db %.1e\n", d, worst[d][0], worst[d][1],
-               worst[d][2], worst[d][3], worst[d][4], worst[d][5]);
+    printf("%s: %ld cases, worst deviation in float32, bfloat16, float16, float64\n", nbhd_isa(), cases);
+    for (const auto &[name, w] : worst) printf("  %-25s %.1e %.1e %.1e %.1e\n", name.c_str(), w[0], w[1], w[2], w[3]);
     return 0;
 }

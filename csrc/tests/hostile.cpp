@@ -88,11 +88,24 @@ int main() {
     }
     for (auto tensor : {&nbhd_call::d_out, &nbhd_call::d_query, &nbhd_call::d_key, &nbhd_call::d_value})
         refuse(NBHD_BAD_POINTER, "null gradient", [=](Prepared &p) { (p.call.*tensor).data = nullptr; }, true);
-    refuse(NBHD_BAD_POINTER, "null lse", [](Prepared &p) { p.call.lse = nullptr; });
+    refuse(NBHD_BAD_POINTER, "null lse", [](Prepared &p) { p.call.lse = nullptr; }, true); // the forward may do without
     refuse(NBHD_BAD_POINTER, "misaligned bias",
            [](Prepared &p) { p.call.rel_pos_bias = (const char *)p.call.rel_pos_bias + 2; });
     refuse(NBHD_BAD_POINTER, "bias gradient without bias", [](Prepared &p) { p.call.rel_pos_bias = nullptr; }, true);
 
+    // the halves look at their own tensors alone, and need them
+    for (const auto entry : {nbhd_scores, nbhd_scores_backward, nbhd_weighted_sum, nbhd_weighted_sum_backward}) {
+        expect(entry(nullptr), NBHD_BAD_STRUCT, "null");
+        const bool scores = entry == nbhd_scores || entry == nbhd_scores_backward;
+        for (auto tensor : {scores ? &nbhd_call::key : &nbhd_call::value,
+                            entry == nbhd_scores_backward ? &nbhd_call::d_weights : &nbhd_call::weights}) {
+            std::mt19937_64 random(1);
+            Prepared p;
+            p.make(small(), NBHD_FLOAT32, random);
+            (p.call.*tensor).data = nullptr;
+            expect(entry(&p.call), NBHD_BAD_POINTER, "a half without its tensor");
+        }
+    }
     // accepted: a larger struct whose unknown fields are zero, no image at all, a mad thread count, a host that does nothing
     std::mt19937_64 random(1);
     Prepared p;

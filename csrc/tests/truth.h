@@ -114,4 +114,47 @@ inline void run(const Case &c, Tensors &t) {
         }
 }
 
+// The unfused pair. Given: query, key, value, bias and d_out of the tensors, `weights` and `d_scores` here.
+struct Pair {
+    std::vector<double> weights, d_scores;              // [batch, Z, Y, X, heads, slots]
+    std::vector<double> scores, d_query, d_key, d_bias; // of the first half
+    std::vector<double> out, d_weights, d_value;        // of the second
+};
+
+inline void run_pair(const Case &c, const Tensors &t, Pair &p) {
+    const int64_t n = c.positions(), table = c.bias_size() / c.heads,
+                  slots = c.axis[0].kernel * c.axis[1].kernel * c.axis[2].kernel;
+    p.scores.assign(size_t(c.batch * n * c.heads * slots), -INFINITY), p.d_weights.assign(p.scores.size(), 0);
+    p.d_query.assign(t.query.size(), 0), p.d_key.assign(t.key.size(), 0), p.d_bias.assign(t.bias.size(), 0);
+    p.out.assign(size_t(c.batch * n * c.heads * c.dim_v), 0), p.d_value.assign(t.value.size(), 0);
+    for (int64_t b = 0; b < c.batch; b++)
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t at[3] = {i / (c.axis[1].length * c.axis[2].length), i / c.axis[2].length % c.axis[1].length,
+                                   i % c.axis[2].length};
+            int64_t first[3], count[3], seen = 0;
+            for (int a = 0; a < 3; a++) c.axis[a].window(at[a], first[a], count[a]);
+            for_each_key(c, at, [&](int64_t key, int64_t place) {
+                const int64_t x = seen % count[2], y = seen / count[2] % count[1], z = seen++ / count[2] / count[1];
+                const int64_t slot = (z * c.axis[1].kernel + y) * c.axis[2].kernel + x;
+                for (int64_t h = 0; h < c.heads; h++) {
+                    const int64_t q = (b * n + i) * c.heads + h, w = q * slots + slot;
+                    const int64_t kv = (b * n + key) * c.kv_heads + h / (c.heads / c.kv_heads);
+                    double score = 0;
+                    for (int64_t e = 0; e < c.dim; e++) {
+                        score += t.query[q * c.dim + e] * t.key[kv * c.dim + e];
+                        p.d_query[q * c.dim + e] += c.scale * p.d_scores[w] * t.key[kv * c.dim + e];
+                        p.d_key[kv * c.dim + e] += c.scale * p.d_scores[w] * t.query[q * c.dim + e];
+                    }
+                    p.scores[w] = c.scale * score + (c.bias ? t.bias[h * table + place] : 0);
+                    if (c.bias) p.d_bias[h * table + place] += p.d_scores[w];
+                    for (int64_t e = 0; e < c.dim_v; e++) {
+                        p.out[q * c.dim_v + e] += p.weights[w] * t.value[kv * c.dim_v + e];
+                        p.d_weights[w] += t.d_out[q * c.dim_v + e] * t.value[kv * c.dim_v + e];
+                        p.d_value[kv * c.dim_v + e] += p.weights[w] * t.d_out[q * c.dim_v + e];
+                    }
+                }
+            });
+        }
+}
+
 } // namespace truth

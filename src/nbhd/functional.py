@@ -277,18 +277,68 @@ def _attention(
     is_causal: Bools, scale: float | None, rel_pos_bias: Tensor | None, return_lse: bool, backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     query, key, value = _autocast(query, key, value)
-    neighborhood, scale = _check(
+    if ops.is_watched(query, key, value, rel_pos_bias):
+        neighborhood, scale = _check(
+            axes, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, backend
+        )
+        if _needs_plain_torch(query, key, value, rel_pos_bias):
+            out, lse = reference.attend(query, key, value, rel_pos_bias, neighborhood, scale)
+        else:
+            out, lse = ops.attend(query, key, value, rel_pos_bias, neighborhood, scale, backend)
+        return (out, lse) if return_lse else out
+    # A model makes the same call over and over: what was checked and chosen for one is kept for those like it.
+    signature = _signature(
         axes, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, backend
     )
-    if _needs_plain_torch(query, key, value, rel_pos_bias):
-        out, lse = reference.attend(query, key, value, rel_pos_bias, neighborhood, scale)
-    else:
-        out, lse = ops.attend(query, key, value, rel_pos_bias, neighborhood, scale, backend)
-    return (out, lse) if return_lse else out
+    call = _calls.get(signature)
+    if call is None:
+        neighborhood, scale = _check(
+            axes, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, backend
+        )
+        call = ops.PreparedCall(query, key, value, rel_pos_bias, neighborhood, scale, backend)
+        if signature is not None:
+            if len(_calls) >= 4096:
+                _calls.clear()
+            _calls[signature] = call
+    if not return_lse:
+        return call.attend(query, key, value, rel_pos_bias, False)[0]
+    out, lse = call.attend(query, key, value, rel_pos_bias, True)
+    return out, lse
+
+
+_calls: dict[Any, ops.PreparedCall] = {}
+
+
+def _signature(
+    axes: int, query: Tensor, key: Tensor, value: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any,
+    scale: Any, rel_pos_bias: Tensor | None, backend: str,
+) -> Any:  # fmt: skip
+    """All that checks, the choice of a backend and its preparations depend on; None if that cannot be told."""
+    kinds = (type(kernel_size), type(stride), type(dilation), type(is_causal))
+    if kinds not in _KINDS and not _SCALARS.issuperset(kinds):  # 3.0 equals 3 and True 1, but they are refused
+        return None
+    try:
+        signature = (
+            axes, kernel_size, stride, dilation, is_causal, scale, backend, kinds,
+            query.shape, query.stride(), query.dtype, query.device,
+            key.shape, key.stride(), key.dtype, key.device,
+            value.shape, value.stride(), value.dtype, value.device,
+            None if rel_pos_bias is None else (rel_pos_bias.shape, rel_pos_bias.dtype, rel_pos_bias.device),
+        )  # fmt: skip
+        hash(signature)
+    except (TypeError, RuntimeError):  # not hashable, or no strided tensor
+        return None
+    return signature
+
+
+_KINDS = {(int, int, int, bool), (tuple, int, int, bool), (tuple, tuple, tuple, tuple)}
+_SCALARS = {int, bool, tuple}
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """As scaled_dot_product_attention: inputs take an active autocast's dtype; float64 stays, and so does a bias."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors
@@ -414,7 +464,7 @@ def _check_shapes(
     return Neighborhood(kernel, strides, dilations, causal)
 
 
-_check_shapes_once = functools.lru_cache(maxsize=4096)(_check_shapes)
+_check_shapes_once = functools.lru_cache(maxsize=4096, typed=True)(_check_shapes)
 
 
 def _too_large(axis: str, k: int, d: int, length: int) -> str:

@@ -5,8 +5,8 @@
     nbhd::weighted_sum    weights times values              nbhd::weighted_sum_backward
 
 Each picks its backend when it runs, so a traced or exported graph is not tied to the machine that made it. Eager calls
-on ordinary tensors skip the dispatcher (``attend``): on a small map it costs more than the attention. The gradient of
-a backward op goes through the reference, which autograd differentiates to any order.
+on ordinary tensors skip the dispatcher (``PreparedCall``): on a small map it costs more than the attention. The
+gradient of a backward op goes through the reference, which autograd differentiates to any order.
 """
 
 from __future__ import annotations
@@ -75,16 +75,9 @@ def _na_forward(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, kernel_size: Ints, stride: Ints,
     dilation: Ints, is_causal: Bools, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
-    return _attend_now(query, key, value, rel_pos_bias, neighborhood, scale, backend)
-
-
-def _attend_now(
-    query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
     if query.numel() == 0:
         return _na_forward_fake(query, key, value)
+    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
     query, key, value = _rows(query), _rows(key), _rows(value)
     call = backends.Call(query, key, value, rel_pos_bias, neighborhood)
     out, lse = backends.choose(backend, call).forward(query, key, value, rel_pos_bias, neighborhood, scale)
@@ -95,37 +88,104 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp: the op, or what it would do where nobody watches the dispatcher."""
-    if not _is_plain(query, key, value, rel_pos_bias):
-        out, lse = torch.ops.nbhd.na_forward(query, key, value, rel_pos_bias, *flat(neighborhood), scale, backend)
+    """Output and log-sum-exp by the op."""
+    out, lse = torch.ops.nbhd.na_forward(query, key, value, rel_pos_bias, *flat(neighborhood), scale, backend)
+    return out, lse
+
+
+class PreparedCall:
+    """What the op would do for calls like the given one, without the dispatcher.
+
+    Like: tensors of the same shapes, strides, dtypes and devices, and the same parameters, which the caller has
+    checked. Of use where nobody watches the dispatcher (``is_watched``).
+    """
+
+    __slots__ = ("arguments", "backend", "empty", "run")
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood,
+        scale: float, backend: str,
+    ) -> None:  # fmt: skip
+        self.arguments = neighborhood, scale
+        self.backend = backend
+        self.empty = query.numel() == 0
+        if self.empty:
+            return
+        query, key, value = _rows(query), _rows(key), _rows(value)
+        module = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
+        #: forward(query, key, value, rel_pos_bias, with_lse) and backward(d_out, d_lse, ..., out, lse)
+        self.run = (
+            module.prepare(query, key, value, neighborhood, scale)
+            if hasattr(module, "prepare")
+            else _AnyCall(module, neighborhood, scale)
+        )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, with_lse: bool
+    ) -> tuple[Tensor, Any]:
+        """Output and, if asked for, log-sum-exp (else perhaps None); differentiable."""
+        if torch.is_grad_enabled() and (
+            query.requires_grad
+            or key.requires_grad
+            or value.requires_grad
+            or (rel_pos_bias is not None and rel_pos_bias.requires_grad)
+        ):
+            out, lse = _Attend.apply(query, key, value, rel_pos_bias, self)
+            return out, lse
+        return self.forward(query, key, value, rel_pos_bias, with_lse)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, with_lse: bool
+    ) -> tuple[Tensor, Any]:
+        if self.empty:
+            return _na_forward_fake(query, key, value)
+        out, lse = self.run.forward(_rows(query), _rows(key), _rows(value), rel_pos_bias, with_lse)
         return out, lse
-    if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (rel_pos_bias is not None and rel_pos_bias.requires_grad)
-    ):
-        out, lse = _Attend.apply(query, key, value, rel_pos_bias, neighborhood, scale, backend)
-        return out, lse
-    return _attend_now(query, key, value, rel_pos_bias, neighborhood, scale, backend)
+
+    def backward(
+        self, d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None,
+        out: Tensor, lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        if self.empty:
+            return _no_gradients(query, key, value, rel_pos_bias)
+        d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
+        d_query, d_key, d_value, d_bias = self.run.backward(
+            d_out, d_lse, _rows(query), _rows(key), _rows(value), rel_pos_bias, out, lse
+        )
+        return d_query, d_key, d_value, d_bias
+
+
+class _AnyCall:
+    """A prepared call of a backend that has no preparations."""
+
+    def __init__(self, module: Any, neighborhood: Neighborhood, scale: float) -> None:
+        self._module, self._rest = module, (neighborhood, scale)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, with_lse: bool) -> Any:
+        return self._module.forward(query, key, value, bias, *self._rest)
+
+    def backward(self, *given: Any) -> Any:
+        return self._module.backward(*given, *self._rest)
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-def _is_plain(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
-    """Whether these are ordinary tensors on a real device and no mode, tracer or profiler would see the op."""
+def is_watched(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
+    """Whether a tensor subclass, a fake device, a mode, a transform, a tracer or a profiler wants to see the op."""
     return (
-        not torch.compiler.is_compiling()
-        and type(query) in _PLAIN
-        and type(key) in _PLAIN
-        and type(value) in _PLAIN
-        and (rel_pos_bias is None or type(rel_pos_bias) in _PLAIN)
-        and query.device.type != "meta"
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch.autograd._profiler_enabled()
-        and torch._C._get_tracing_state() is None  # torch.jit.trace would record the empty output, and no kernel
+        torch.compiler.is_compiling()
+        or type(query) not in _PLAIN
+        or type(key) not in _PLAIN
+        or type(value) not in _PLAIN
+        or (rel_pos_bias is not None and type(rel_pos_bias) not in _PLAIN)
+        or query.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace would record the empty output, and no kernel
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
@@ -138,27 +198,25 @@ def _na_backward(
     d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, out: Tensor,
     lse: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
-    d_query, d_key, d_value, d_bias = _backward_now(
-        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale, backend
-    )
+    if query.numel() == 0:
+        d_query, d_key, d_value, d_bias = _no_gradients(query, key, value, rel_pos_bias)
+    else:
+        neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+        d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
+        query, key, value = _rows(query), _rows(key), _rows(value)
+        chosen = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
+        d_query, d_key, d_value, d_bias = chosen.backward(
+            d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale
+        )
     return d_query, d_key, d_value, _bias_gradient(None, query) if d_bias is None else d_bias
 
 
-def _backward_now(
-    d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, out: Tensor,
-    lse: Tensor, neighborhood: Neighborhood, scale: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    if query.numel() == 0:
-        zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-        return zeros[0], zeros[1], zeros[2], _bias_gradient(rel_pos_bias, query)
-    d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
-    query, key, value = _rows(query), _rows(key), _rows(value)
-    chosen = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
-    d_query, d_key, d_value, d_bias = chosen.backward(
-        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale
-    )
-    return d_query, d_key, d_value, d_bias
+def _no_gradients(
+    query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients where there is no query: as many zeros as there are keys, values and bias entries."""
+    zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    return zeros[0], zeros[1], zeros[2], _bias_gradient(rel_pos_bias, query)
 
 
 def _na_backward_fake(
@@ -196,28 +254,28 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood,
-        scale: float, backend: str,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, lse = _attend_now(query, key, value, rel_pos_bias, neighborhood, scale, backend)
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, call: PreparedCall
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = call.forward(query, key, value, rel_pos_bias, True)
         ctx.save_for_backward(query, key, value, rel_pos_bias, out, lse)
-        ctx.call = (neighborhood, scale, backend)
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Grad, d_lse: Grad) -> tuple[Any, ...]:  # type: ignore[override]
         if d_out is None and d_lse is None:
-            return (None,) * 7
+            return (None,) * 5
         query, key, value, rel_pos_bias, out, lse = ctx.saved_tensors
-        neighborhood, scale, backend = ctx.call
+        call: PreparedCall = ctx.call
         given = (d_out, d_lse, query, key, value, rel_pos_bias, out, lse)
         # Where grad is enabled the gradient itself is to be differentiated, which the op knows how to.
-        if torch.is_grad_enabled() or not _is_plain(query, key, value, d_lse if d_out is None else d_out):
-            *gradients, d_bias = torch.ops.nbhd.na_backward(*given, *flat(neighborhood), scale, backend)
+        if torch.is_grad_enabled() or is_watched(query, key, value, d_lse if d_out is None else d_out):
+            neighborhood, scale = call.arguments
+            *gradients, d_bias = torch.ops.nbhd.na_backward(*given, *flat(neighborhood), scale, call.backend)
         else:
-            *gradients, d_bias = _backward_now(*given, neighborhood, scale, backend)
-        return *gradients, None if rel_pos_bias is None else d_bias, None, None, None
+            *gradients, d_bias = call.backward(*given)
+        return *gradients, None if rel_pos_bias is None else d_bias, None
 
 
 def _na_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

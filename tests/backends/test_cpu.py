@@ -94,6 +94,46 @@ def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, bias):
         assert ours_max <= 8 * plain_max + 8 * unit, what  # no single element is off
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", CASES)
+def test_the_unfused_pair_is_as_exact(name, dtype):
+    (query, key, value, bias), (d_out, _), neighborhood = inputs(CASES[name], dtype)
+    scale = query.shape[-1] ** -0.5
+    wide = [None if t is None else t.double() for t in (query, key, value, bias, d_out)]
+    generator = torch.Generator().manual_seed(1)
+    weights, d_scores = (
+        torch.randn(*query.shape[:-1], neighborhood.slots, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(2)
+    )
+
+    def both(backend, query, key, value, bias, d_out, weights, d_scores):
+        return (
+            backend.scores(query, key, bias, neighborhood, scale),
+            *backend.scores_backward(d_scores, query, key, bias, neighborhood, scale),
+            backend.weighted_sum(weights, value, neighborhood),
+            *backend.weighted_sum_backward(d_out, weights, value, neighborhood),
+        )
+
+    truth = both(reference, *wide, weights.double(), d_scores.double())
+    ours = both(cpu, query, key, value, bias, d_out, weights, d_scores)
+    unit = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    for t, o in zip(truth, ours, strict=True):
+        assert o.is_contiguous() and o.shape == t.shape
+        seen = torch.isfinite(t)
+        assert torch.equal(o[~seen].double(), t[~seen])  # minus infinity where a slot has no key
+        assert error(o[seen], t[seen])[0] < unit
+
+
+def test_a_prepared_call_outlives_the_cache_of_its_tables():
+    query = torch.randn(1, 40, 1, 8)
+    kept = cpu.prepare(query, query, query, Neighborhood((5,), (1,), (1,), (False,)), 1.0)
+    before, _ = kept.forward(query, query, query, None, False)
+    for length in range(41, 41 + 600):
+        other = torch.randn(1, length, 1, 8)
+        cpu.forward(other, other, other, None, Neighborhood((5,), (1,), (1,), (False,)), 1.0)
+    assert torch.equal(kept.forward(query, query, query, None, False)[0], before)
+
+
 @pytest.mark.parametrize("name", ["stage3", "volume", "row-blocks", "column-blocks", "sequence"])
 def test_same_bits_at_any_thread_count(name):
     arguments = inputs(CASES[name], torch.float32)

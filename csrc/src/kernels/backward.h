@@ -1,5 +1,6 @@
 // The backward pass of a task. For each tile of queries: scores again, weights P from the log-sum-exp, dP = dO V^T,
-// dS = P (dP - sum P dP + d_lse), then dQ = dS K, dV += P^T dO, dK += dS^T Q. The forward's output is not read.
+// dS = P (dP - sum P dP + d_lse), then dQ = dS K, dV += P^T dO, dK += dS^T Q. The forward's output is not read. Of the halves,
+// one is given dS and the other P, and they do what is left.
 //
 // Gradients of keys and values gather in a ring like the packed keys and leave it when no later tile sees them. Where a map is
 // cut into blocks, neighbours share key rows: they add to the tensor, first the even blocks of the leading axis, then the odd.
@@ -25,6 +26,7 @@ struct BackwardBuffers {
     int strip;                                     // column tiles at a time, for which the buffers below are
     Real *query, *d_out, *query_rows, *d_out_rows; // [tile][row][channel][lane], [tile][row][query][channel]
     Real *scores, *d_scores, *out;
+    int *slot_order; // of the halves
 };
 
 static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
@@ -36,55 +38,91 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     f.vectors_at_once = round_up(p.dim) % (4 * lanes) || round_up(p.dim_v) % (4 * lanes) ? 2 : 4;
     const int slots = f.ring.shape.slots();
     f.key_head = slots * f.ring.natural_row(p.dim), f.value_head = slots * f.ring.natural_row(p.dim_v);
-    f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
-    f.values = lay_out_keys(arena, f.ring, p.dim_v, p.axis[2].kernel, kv_heads, f.tiles.pairs);
-    f.key_rows_copy = arena.take<Real>(kv_heads * f.key_head);
-    f.d_keys = arena.take<Real>(kv_heads * f.key_head);
-    f.d_values = arena.take<Real>(kv_heads * f.value_head);
-    lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, true);
+    const bool has_keys = p.part != Part::sum, has_values = p.part != Part::scores;
+    if (p.part == Part::attention)
+        f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
+    else f.slot_order = arena.take<int>(p.window());
     f.strip = strip_tiles(p, 2);
     const int64_t strip_rows = f.strip * tile_rows;
-    f.query = arena.take<Real>(strip_rows * p.dim * lanes);
-    f.d_out = arena.take<Real>(strip_rows * p.dim_v * lanes);
-    f.query_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim));
-    f.d_out_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim_v));
-    f.scores = arena.take<Real>(strip_rows * p.window() * lanes);
+    if (has_keys) {
+        f.key_rows_copy = arena.take<Real>(kv_heads * f.key_head);
+        f.d_keys = arena.take<Real>(kv_heads * f.key_head);
+        f.query = arena.take<Real>(strip_rows * p.dim * lanes);
+        f.query_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim));
+    }
+    if (has_values) {
+        f.values = lay_out_keys(arena, f.ring, p.dim_v, p.axis[2].kernel, kv_heads, f.tiles.pairs);
+        f.d_values = arena.take<Real>(kv_heads * f.value_head);
+        f.d_out = arena.take<Real>(strip_rows * p.dim_v * lanes);
+        f.d_out_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim_v));
+        f.scores = arena.take<Real>(strip_rows * p.window() * lanes);
+    }
+    lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, true);
     f.d_scores = arena.take<Real>(strip_rows * p.window() * lanes);
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
 }
 
 template <class T>
 struct BackwardViews {
-    View<const T> query, key, value, d_out;
-    View<T> d_query;
+    View<const T> query, key, value, d_out, weights, read_d_weights;
+    View<T> d_query, d_weights;
     View<Real> lse, d_lse;
 };
 
-// Weights, score gradients and the bias gradient of query row r.
-static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r,
-                             bool holes, Real *s, Real *d, Vec lse, Vec d_lse, int local_head, Real *d_bias) {
-    const int slots = p.window(), kernel = p.axis[2].kernel;
-    if (holes) fill_holes(s, t, r, c, p, nothing), fill_holes(d, t, r, c, p, Real(0));
-    const Vec shift = d_lse - weights_and_delta(s, d, slots, lse);
-    if (!f.bias.present || !d_bias) return score_gradient(s, d, slots, shift);
-    // the slots of one z and x offset, and the bias rows they use, both follow one another
-    const int ky = p.axis[1].kernel, bias_rows_y = 2 * ky - 1, bias_row = t.key[0].bias_row - r + t.shift[r];
-    if (f.bias.expanded) {
-        for (int z = 0; z < t.z_count; z++) {
-            Real *sum = f.bias.sum_row(local_head, c.bias_set, bias_row + z * bias_rows_y);
-            for (int x = 0; x < kernel; x++, sum += bias_rows_y * lanes) {
-                const int64_t at = (int64_t)(z * kernel + x) * ky * lanes;
-                score_gradient_and_add(s + at, d + at, t.y_count[r], shift, sum);
-            }
-        }
-        return;
+// Adds the score gradients of query row r to those of the bias. The slots of one z and x offset, and the bias rows they use, both
+// follow one another.
+template <class Add>
+static void for_each_bias_run(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r,
+                              int local_head, Add add) {
+    const int kernel = p.axis[2].kernel, ky = p.axis[1].kernel, bias_rows_y = 2 * ky - 1,
+              bias_row = t.key[0].bias_row - r + t.shift[r];
+    for (int z = 0; z < t.z_count; z++) {
+        Real *sum = f.bias.sum_row(local_head, c.bias_set, bias_row + z * bias_rows_y);
+        for (int x = 0; x < kernel; x++, sum += bias_rows_y * lanes)
+            add((int64_t)(z * kernel + x) * ky * lanes, t.y_count[r], sum);
     }
-    score_gradient(s, d, slots, shift);
+}
+static void scatter_bias_row(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r,
+                             const Real *d, int local_head, Real *d_bias) {
+    const int kernel = p.axis[2].kernel, ky = p.axis[1].kernel, bias_rows_y = 2 * ky - 1,
+              bias_row = t.key[0].bias_row - r + t.shift[r];
     for (int z = 0; z < t.z_count; z++)
         for (int y = 0; y < t.y_count[r]; y++)
             scatter_bias(c, d + ((int64_t)z * kernel * ky + y) * lanes, ky * lanes, kernel,
                          d_bias +
                              ((int64_t)local_head * f.bias.rows + bias_row + z * bias_rows_y + y) * f.bias.columns);
+}
+
+// Weights, score gradients and the bias gradient of query row r.
+static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r,
+                             bool holes, Real *s, Real *d, Vec lse, Vec d_lse, int local_head, Real *d_bias) {
+    const int slots = p.window();
+    if (holes) fill_holes(s, t, r, c, p, nothing), fill_holes(d, t, r, c, p, Real(0));
+    const Vec shift = d_lse - weights_and_delta(s, d, slots, lse);
+    if (d_bias && f.bias.expanded)
+        return for_each_bias_run(p, f, t, c, r, local_head, [&](int64_t at, int n, Real *sum) {
+            score_gradient_and_add(s + at, d + at, n, shift, sum);
+        });
+    score_gradient(s, d, slots, shift);
+    if (d_bias) scatter_bias_row(p, f, t, c, r, d, local_head, d_bias);
+}
+
+// The same for the halves: of the scores, whose gradients are given, or of the sum, whose weights are.
+template <class T>
+static void unfused_row(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t,
+                        const ColumnTile &c, int r, bool holes, Real *s, Real *d, int head, int local_head,
+                        Real *d_bias) {
+    const int slots = p.window();
+    if (p.part == Part::sum) {
+        if (holes) fill_holes(d, t, r, c, p, Real(0));
+        write_slots(d, f.slot_order, slots, v.d_weights, t, r, c, head);
+        return read_slots(s, f.slot_order, slots, v.weights, t, r, c, head);
+    }
+    read_slots(d, f.slot_order, slots, v.read_d_weights, t, r, c, head);
+    if (!d_bias) return;
+    if (holes) fill_holes(d, t, r, c, p, Real(0));
+    if (!f.bias.expanded) return scatter_bias_row(p, f, t, c, r, d, local_head, d_bias);
+    for_each_bias_run(p, f, t, c, r, local_head, [&](int64_t at, int n, Real *sum) { add_scores(d + at, n, sum); });
 }
 
 template <class T>
@@ -95,39 +133,48 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
                   query_row = (int64_t)p.dim * lanes, d_out_row = (int64_t)p.dim_v * lanes,
                   query_rows = (int64_t)lanes * width, d_out_rows = (int64_t)lanes * width_v;
+    const bool attention = p.part == Part::attention, has_keys = p.part != Part::sum,
+               has_values = p.part != Part::scores;
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         for (int r = 0; r < t.n; r++) {
-            Real *q = f.query_rows + (k * tile_rows + r) * query_rows,
-                 *g = f.d_out_rows + (k * tile_rows + r) * d_out_rows;
-            const Real *q_token[lanes], *g_token[lanes];
-            for (int i = 0; i < c.runs; i++) {
-                const Run &run = c.run[i];
-                pack_rows(v.query.at(t.z, t.y + r, run.x, head), v.query.x, run.n, p.dim, q + run.index * width,
-                          Real(p.scale) * log2_e);
-                pack_rows(v.d_out.at(t.z, t.y + r, run.x, head), v.d_out.x, run.n, p.dim_v, g + run.index * width_v,
-                          Real(1));
-            }
-            for (int l = 0; l < lanes; l++)
-                q_token[l] = q + c.lane_query[l] * width, g_token[l] = g + c.lane_query[l] * width_v;
-            pack_lanes(q_token, p.dim, f.query + (k * tile_rows + r) * query_row, Real(1));
-            pack_lanes(g_token, p.dim_v, f.d_out + (k * tile_rows + r) * d_out_row, Real(1));
+            const auto pack = [&](const View<const T> &from, int channels, Real factor, Real *rows, Real *lane_copy) {
+                const int wide = round_up(channels);
+                const Real *token[lanes];
+                for (int i = 0; i < c.runs; i++)
+                    pack_rows(from.at(t.z, t.y + r, c.run[i].x, head), from.x, c.run[i].n, channels,
+                              rows + c.run[i].index * wide, factor);
+                if (!lane_copy) return;
+                for (int l = 0; l < lanes; l++) token[l] = rows + c.lane_query[l] * wide;
+                pack_lanes(token, channels, lane_copy, Real(1));
+            };
+            const int row = k * tile_rows + r;
+            if (has_keys)
+                pack(v.query, p.dim, Real(p.scale) * score_unit(p), f.query_rows + row * query_rows,
+                     attention ? f.query + row * query_row : nullptr);
+            if (has_values) pack(v.d_out, p.dim_v, Real(1), f.d_out_rows + row * d_out_rows, f.d_out + row * d_out_row);
         }
     }
     TileScores scores{&t,      nullptr,    nullptr,          nullptr,          &f.keys,    local_kv_head, f.query,
                       &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,      nullptr};
-    strip_scores(scores, columns, n, tile_rows * query_row, tile_scores, queries_ahead);
+    if (attention) strip_scores(scores, columns, n, tile_rows * query_row, tile_scores, queries_ahead);
     scores.keys = &f.values, scores.query = f.d_out, scores.bias = nullptr, scores.scores = f.d_scores;
-    strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores, keys_ahead);
+    if (has_values) strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores, keys_ahead);
     const bool sequence = is_sequence(t, p.axis[1].kernel * lanes);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
         Real *const weights = f.scores + k * tile_scores, *const d_scores = f.d_scores + k * tile_scores;
-        for (int i = 0; i < c.runs; i++)
-            for (int r = 0; r < t.n; r++)
-                prefetch_to_write(v.d_query.at(t.z, t.y + r, c.run[i].x, head), v.d_query.x, c.run[i].n, p.dim);
+        if (has_keys)
+            for (int i = 0; i < c.runs; i++)
+                for (int r = 0; r < t.n; r++)
+                    prefetch_to_write(v.d_query.at(t.z, t.y + r, c.run[i].x, head), v.d_query.x, c.run[i].n, p.dim);
         for (int r = 0; r < t.n; r++) {
+            Real *const row_weights = weights + r * row_scores, *const row_d_scores = d_scores + r * row_scores;
+            if (!attention) {
+                unfused_row(p, v, f, t, c, r, holes, row_weights, row_d_scores, head, local_head, d_bias);
+                continue;
+            }
             Vec lse = splat(Real(1e30)), d_lse{}; // idle lanes: weights of zero
             const Real *l = v.lse.at(t.z, t.y + r, 0, head),
                        *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
@@ -135,8 +182,7 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                 lse[c.lane[i]] = l[c.x[i] * v.lse.x] * log2_e;
                 if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x];
             }
-            softmax_gradient(p, f, t, c, r, holes, weights + r * row_scores, d_scores + r * row_scores, lse, d_lse,
-                             local_head, d_bias);
+            softmax_gradient(p, f, t, c, r, holes, row_weights, row_d_scores, lse, d_lse, local_head, d_bias);
         }
         WeightedSum s;
         s.weights = d_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
@@ -150,17 +196,18 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
             const Run &run = c.run[i];
             s.first = g.first = c.first + run.index, s.end = g.end = c.end + run.index;
             s.lane = run.lane, s.lane_step = run.step, g.run = &run;
-            weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
+            if (has_keys)
+                weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
 
             if (sequence) continue;
             g.weights = weights, g.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v,
             g.vectors_row = d_out_rows, g.width = width_v;
             g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
-            key_gradient(g);
+            if (has_values) key_gradient(g);
             g.weights = d_scores, g.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width,
             g.vectors_row = query_rows, g.width = width;
             g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
-            key_gradient(g);
+            if (has_keys) key_gradient(g);
         }
     }
     if (!sequence) return;
@@ -182,8 +229,8 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
             d.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width;
             d.gradient = f.d_keys + local_kv_head * f.key_head, d.ring_row = f.ring.natural_row(p.dim);
         }
-    sequence_gradient(of_values, runs);
-    sequence_gradient(of_keys, runs);
+    if (has_values) sequence_gradient(of_values, runs);
+    if (has_keys) sequence_gradient(of_keys, runs);
 }
 
 // Where the gradients of keys and values go: the tensors, or sums in Real when several blocks add to 16-bit ones.
@@ -200,42 +247,54 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                        view<const T>(p.key, p, m),
                        view<const T>(p.value, p, m),
                        view<const T>(p.d_out, p, m),
+                       view<const T>(p.weights, p, m),
+                       view<const T>(p.d_weights, p, m),
                        view<T>(p.d_query, p, m),
-                       lse_view(p.lse, p, m),
+                       view<T>(p.d_weights, p, m),
+                       p.lse ? lse_view(p.lse, p, m) : View<Real>{},
                        p.d_lse ? lse_view(p.d_lse, p, m) : View<Real>{}};
+    const bool attention = p.part == Part::attention, has_keys = p.part != Part::sum,
+               has_values = p.part != Part::scores;
     const int group = p.queries_per_kv_head(), width = round_up(p.dim), width_v = round_up(p.dim_v),
               kv_heads = task.head_end - task.head_begin;
     Ring &ring = f.ring;
     restart(ring, b);
-    memset(f.d_keys, 0, kv_heads * f.key_head * sizeof(Real));
-    memset(f.d_values, 0, kv_heads * f.value_head * sizeof(Real));
+    if (has_keys) memset(f.d_keys, 0, kv_heads * f.key_head * sizeof(Real));
+    if (has_values) memset(f.d_values, 0, kv_heads * f.value_head * sizeof(Real));
 
     const auto pack = [&](int kz, int ky, int slot) {
         for (int x = 0; x < ring.width; x += lanes)
             for (int h = task.head_begin; h < task.head_end; h++) {
                 const int n = x + lanes < ring.width ? lanes : ring.width - x, local = h - task.head_begin;
-                Real *row = f.key_rows_copy + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
-                pack_rows(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim, row, Real(1));
-                pack_transposed(row, width, n, p.dim, f.keys.row(local, slot) + x, ring.pitch, Real(1));
-                pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
-                                f.values.row(local, slot) + x, ring.pitch, Real(1));
+                if (has_keys) {
+                    Real *row =
+                        f.key_rows_copy + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
+                    pack_rows(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim, row, Real(1));
+                    if (attention)
+                        pack_transposed(row, width, n, p.dim, f.keys.row(local, slot) + x, ring.pitch, Real(1));
+                }
+                if (has_values)
+                    pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
+                                    f.values.row(local, slot) + x, ring.pitch, Real(1));
             }
-        pack_pairs_of(f.keys, slot, f.columns, f.tiles);
-        pack_pairs_of(f.values, slot, f.columns, f.tiles);
+        if (attention) pack_pairs_of(f.keys, slot, f.columns, f.tiles);
+        if (has_values) pack_pairs_of(f.values, slot, f.columns, f.tiles);
     };
+    const Real key_factor = Real(1) / score_unit(p); // queries were packed times the unit
     const auto flush = [&](int kz, int ky, int slot) {
+        const auto leave = [&](Real *row, int channels, int wide, const View<G> &to, int x, int h, Real factor) {
+            unpack_rows(row, 1, channels, to.at(kz, ky, b.key_begin[2] + x, h), to.x, factor, target.add);
+            memset(row, 0, wide * sizeof(Real));
+        };
         for (int x = 0; x < ring.width; x++)
             for (int h = task.head_begin; h < task.head_end; h++) {
                 const int local = h - task.head_begin;
-                Real *dk = f.d_keys + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
-                Real *dv = f.d_values + local * f.value_head + slot * ring.natural_row(p.dim_v) + (int64_t)x * width_v;
-                // queries were packed times log2(e)
-                unpack_rows(dk, 1, p.dim, target.d_key.at(kz, ky, b.key_begin[2] + x, h), target.d_key.x, ln_2,
-                            target.add);
-                unpack_rows(dv, 1, p.dim_v, target.d_value.at(kz, ky, b.key_begin[2] + x, h), target.d_value.x, Real(1),
-                            target.add);
-                memset(dk, 0, width * sizeof(Real));
-                memset(dv, 0, width_v * sizeof(Real));
+                if (has_keys)
+                    leave(f.d_keys + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width, p.dim,
+                          width, target.d_key, x, h, key_factor);
+                if (has_values)
+                    leave(f.d_values + local * f.value_head + slot * ring.natural_row(p.dim_v) + (int64_t)x * width_v,
+                          p.dim_v, width_v, target.d_value, x, h, Real(1));
             }
     };
     for (int z = b.begin[0]; z < b.end[0]; z++)

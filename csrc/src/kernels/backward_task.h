@@ -44,7 +44,7 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
         const Map m = map_of(p, n);
         const int64_t maps = maps_alike(p, n, task.map_end);
         for_each_block(job.plan, m, task.lead, [&](const Block &b) {
-            BackwardBuffers f;
+            BackwardBuffers f{};
             Arena arena;
             lay_out(f, arena, p, m, b, task);
             void *memory = thread_scratch(arena.used);
@@ -56,6 +56,7 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
             lay_out(f, arena, p, m, b, task);
             fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
             clear(f.keys), clear(f.values);
+            if (f.slot_order) fill_slot_order(p, f.slot_order);
             Map one = m;
             for (int64_t i = 0; i < maps; i++) {
                 const Map next = map_of(p, i + 1 < maps ? n + i + 1 : n);
@@ -89,6 +90,7 @@ static void finish_plane(int64_t i, void *context) {
     for (int which = 0; which < 2; which++) {
         const Tensor &to = which ? p.d_value : p.d_key, &from = which ? job.d_value : job.d_key;
         const int channels = which ? p.dim_v : p.dim;
+        if (!to.data) continue;
         for (int y = 0; y < p.axis[1].length; y++)
             for (int x = 0; x < p.axis[2].length; x++)
                 for (int h = 0; h < p.kv_heads; h++) {

@@ -41,13 +41,13 @@ static void lay_out_bias(BiasTables &b, Arena &arena, const Problem &p, int head
     b.sum = b.expanded && gradient ? arena.take<Real>(size * sets) : nullptr;
 }
 
-// Fills the tables for heads [head_begin, head_begin + heads), in units of log2.
+// Fills the tables for heads [head_begin, head_begin + heads), in the units of the scores.
 static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads, const ColumnTile *tiles,
                       int n_tiles) {
     if (!b.present) return;
     const int64_t size = (int64_t)b.rows * b.columns;
     const Real *src = (const Real *)p.bias + head_begin * size;
-    for (int64_t i = 0; i < heads * size; i++) b.compact[i] = src[i] * log2_e;
+    for (int64_t i = 0; i < heads * size; i++) b.compact[i] = src[i] * score_unit(p);
     if (!b.expanded) return;
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < n_tiles; i++) {

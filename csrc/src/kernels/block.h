@@ -43,7 +43,8 @@ static GroupAxis group_axis(const Axis &a, int g) {
 
 template <class T>
 static View<T> view(const Tensor &t, const Problem &p, const Map &m) {
-    View<T> v;
+    View<T> v{};
+    if (!t.data) return v; // of no use to the part that is computed
     v.data = (T *)t.data + m.batch * t.batch;
     for (int a = 0; a < 3; a++) v.data += m.group[a] * t.axis[a];
     v.z = t.axis[0] * p.axis[0].dilation, v.y = t.axis[1] * p.axis[1].dilation, v.x = t.axis[2] * p.axis[2].dilation;

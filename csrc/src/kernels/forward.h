@@ -1,7 +1,9 @@
-// The forward pass of a task: pack keys and values row by row, then for each tile of queries scores, softmax, weighted sum.
+// The forward pass of a task: pack keys and values row by row, then for each tile of queries scores, softmax, weighted sum; or
+// one half of that.
 #pragma once
 #include "bias.h"
 #include "ring.h"
+#include "slots.h"
 #include "weighted_sum.h"
 
 namespace nbhd::NBHD_ISA {
@@ -20,6 +22,7 @@ struct ForwardBuffers {
     BiasTables bias;
     int strip; // column tiles at a time; the next three are for all of them
     Real *query, *scores, *maximum, *normaliser, *out;
+    int *slot_order; // of the halves
 };
 
 static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, ColumnTile *&tiles) {
@@ -47,8 +50,9 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
     f.tiles = lay_out_columns(arena, m, b, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.values_head = f.ring.shape.slots() * f.ring.natural_row(p.dim_v);
-    f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
-    f.values = arena.take<Real>(kv_heads * f.values_head);
+    if (p.part != Part::sum) f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
+    if (p.part != Part::scores) f.values = arena.take<Real>(kv_heads * f.values_head);
+    if (p.part != Part::attention) f.slot_order = arena.take<int>(p.window());
     lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, false);
     f.strip = strip_tiles(p, 1);
     f.query = arena.take<Real>(f.strip * tile_rows * p.dim * lanes);
@@ -239,49 +243,75 @@ static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t
 }
 
 template <class T>
-static void forward_strip(const Problem &p, const View<const T> &query, const View<T> &out, const View<Real> &lse,
-                          ForwardBuffers &f, const RowTile &t, const ColumnTile *columns, int n, int local_kv_head,
-                          int head, int local_head, Ahead &ahead) {
+struct ForwardViews {
+    View<const T> query, key, value, read_weights;
+    View<T> out, weights;
+    View<Real> lse;
+};
+
+// Weights of a query row, from scores of which `m` is the largest; returns 1 / their sum.
+static Vec softmax_row(Real *scores, int slots, Vec m, const View<Real> &lse, const RowTile &t, int r,
+                       const ColumnTile &c, int head) {
+    const Vec sum = exponentials(scores, slots, m);
+    if (lse.data) {
+        const Vec l = (m + log2(sum)) * splat(ln_2);
+        Real *to = lse.at(t.z, t.y + r, 0, head);
+        for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x] = l[c.lane[i]];
+    }
+    return splat(Real(1)) / sum;
+}
+
+template <class T>
+static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuffers &f, const RowTile &t,
+                          const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Ahead &ahead) {
     const int slots = p.window();
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
                   query_row = (int64_t)p.dim * lanes, tile_query = tile_rows * query_row;
-    for (int k = 0; k < n; k++) {
-        const ColumnTile &c = columns[k];
-        for (int r = 0; r < t.n; r++) {
-            const T *const row = query.at(t.z, t.y + r, 0, head), *token[lanes];
-            for (int l = 0; l < lanes; l++) token[l] = row + c.lane_x[l] * query.x;
-            pack_lanes(token, p.dim, f.query + k * tile_query + r * query_row, Real(p.scale) * log2_e);
-            store(f.maximum + (k * tile_rows + r) * lanes, splat(nothing));
+    if (p.part != Part::sum) {
+        for (int k = 0; k < n; k++) {
+            const ColumnTile &c = columns[k];
+            for (int r = 0; r < t.n; r++) {
+                const T *const row = v.query.at(t.z, t.y + r, 0, head), *token[lanes];
+                for (int l = 0; l < lanes; l++) token[l] = row + c.lane_x[l] * v.query.x;
+                pack_lanes(token, p.dim, f.query + k * tile_query + r * query_row, Real(p.scale) * score_unit(p));
+                store(f.maximum + (k * tile_rows + r) * lanes, splat(nothing));
+            }
         }
+        strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, &f.bias, local_head,
+                                p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,
+                                p.part == Part::attention ? f.maximum : nullptr},
+                     columns, n, tile_query, tile_scores, ahead);
     }
-    strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, &f.bias, local_head,
-                            p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores, f.maximum},
-                 columns, n, tile_query, tile_scores, ahead);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
-        for (int i = 0; i < c.runs; i++)
-            for (int r = 0; r < t.n; r++)
-                prefetch_to_write(out.at(t.z, t.y + r, c.run[i].x, head), out.x, c.run[i].n, p.dim_v);
+        if (p.part != Part::scores)
+            for (int i = 0; i < c.runs; i++)
+                for (int r = 0; r < t.n; r++)
+                    prefetch_to_write(v.out.at(t.z, t.y + r, c.run[i].x, head), v.out.x, c.run[i].n, p.dim_v);
         for (int r = 0; r < t.n; r++) {
             Real *scores = f.scores + k * tile_scores + r * row_scores;
-            Vec m = load(f.maximum + (k * tile_rows + r) * lanes);
-            if (holes) fill_holes(scores, t, r, c, p, nothing), m = row_maximum(scores, slots);
-            const Vec sum = exponentials(scores, slots, m);
-            store(f.normaliser + r * lanes, splat(Real(1)) / sum);
-            const Vec l = (m + log2(sum)) * splat(ln_2);
-            Real *to = lse.at(t.z, t.y + r, 0, head);
-            for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x] = l[c.lane[i]];
+            if (p.part == Part::attention) {
+                Vec m = load(f.maximum + (k * tile_rows + r) * lanes);
+                if (holes) fill_holes(scores, t, r, c, p, nothing), m = row_maximum(scores, slots);
+                store(f.normaliser + r * lanes, softmax_row(scores, slots, m, v.lse, t, r, c, head));
+            } else if (p.part == Part::scores) {
+                if (holes) fill_holes(scores, t, r, c, p, -Real(__builtin_inf()));
+                write_slots(scores, f.slot_order, slots, v.weights, t, r, c, head);
+            } else {
+                read_slots(scores, f.slot_order, slots, v.read_weights, t, r, c, head);
+            }
         }
+        if (p.part == Part::scores) continue;
         WeightedSum s;
         s.weights = f.scores + k * tile_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
         s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v),
         s.width = round_up(p.dim_v);
-        s.rows = &t, s.normaliser = f.normaliser, s.factor = 1;
+        s.rows = &t, s.normaliser = p.part == Part::attention ? f.normaliser : nullptr, s.factor = 1;
         for (int i = 0; i < c.runs; i++) {
             const Run &run = c.run[i];
             s.first = c.first + run.index, s.end = c.end + run.index, s.lane = run.lane, s.lane_step = run.step;
-            weighted_sum_to(s, run.n, out.at(t.z, t.y, run.x, head), out.y, out.x, p.dim_v, f.out);
+            weighted_sum_to(s, run.n, v.out.at(t.z, t.y, run.x, head), v.out.y, v.out.x, p.dim_v, f.out);
         }
     }
 }
@@ -289,10 +319,13 @@ static void forward_strip(const Problem &p, const View<const T> &query, const Vi
 template <class T>
 static void forward_map(const Problem &p, const Map &m, const Map *next_map, const Block &b, const Task &task,
                         ForwardBuffers &f) {
-    const auto query = view<const T>(p.query, p, m), key = view<const T>(p.key, p, m),
-               value = view<const T>(p.value, p, m);
-    const auto out = view<T>(p.out, p, m);
-    const auto lse = lse_view(p.lse, p, m);
+    const ForwardViews<T> v{view<const T>(p.query, p, m),
+                            view<const T>(p.key, p, m),
+                            view<const T>(p.value, p, m),
+                            view<const T>(p.weights, p, m),
+                            view<T>(p.out, p, m),
+                            view<T>(p.weights, p, m),
+                            p.lse ? lse_view(p.lse, p, m) : View<Real>{}};
     const int group = p.queries_per_kv_head();
     restart(f.ring, b);
     for (int z = b.begin[0]; z < b.end[0]; z++)
@@ -308,14 +341,16 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                 for (int x = 0; x < f.ring.width; x += lanes) // heads inside: a token's channels lie side by side
                     for (int h = task.head_begin; h < task.head_end; h++) {
                         const int n = x + lanes < f.ring.width ? lanes : f.ring.width - x, local = h - task.head_begin;
-                        pack_transposed(key.at(kz, ky, b.key_begin[2] + x, h), key.x, n, p.dim,
-                                        f.keys.row(local, slot) + x, f.keys.pitch, Real(1));
-                        pack_rows(value.at(kz, ky, b.key_begin[2] + x, h), value.x, n, p.dim_v,
-                                  f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) +
-                                      (int64_t)x * round_up(p.dim_v),
-                                  Real(1));
+                        if (p.part != Part::sum)
+                            pack_transposed(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim,
+                                            f.keys.row(local, slot) + x, f.keys.pitch, Real(1));
+                        if (p.part != Part::scores)
+                            pack_rows(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
+                                      f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) +
+                                          (int64_t)x * round_up(p.dim_v),
+                                      Real(1));
                     }
-                pack_pairs_of(f.keys, slot, f.columns, f.tiles);
+                if (p.part != Part::sum) pack_pairs_of(f.keys, slot, f.columns, f.tiles);
             });
             if (f.ring.packed < to) f.ring.packed = to;
             const NextRows next = next_rows(f.ring, b, m.axis[1], z, y);
@@ -338,8 +373,7 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                                           x_end, h, p.dim_v);
                             }
                         }
-                        forward_strip<T>(p, query, out, lse, f, t, f.columns + i, n, local, head, local * group + q,
-                                         ahead);
+                        forward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, ahead);
                     }
         }
 }
@@ -360,7 +394,7 @@ static void forward_task(int64_t i, void *context) {
         const Map m = map_of(p, n);
         const int64_t maps = maps_alike(p, n, task.map_end);
         for_each_block(job.plan, m, task.lead, [&](const Block &b) {
-            ForwardBuffers f;
+            ForwardBuffers f{};
             Arena arena;
             lay_out(f, arena, p, m, b, task);
             void *memory = thread_scratch(arena.used);
@@ -372,6 +406,7 @@ static void forward_task(int64_t i, void *context) {
             lay_out(f, arena, p, m, b, task);
             fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
             clear(f.keys);
+            if (f.slot_order) fill_slot_order(p, f.slot_order);
             Map one = m;
             for (int64_t i = 0; i < maps; i++) {
                 const Map next = map_of(p, i + 1 < maps ? n + i + 1 : n);

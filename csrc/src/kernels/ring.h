@@ -61,6 +61,7 @@ struct Ahead {
     // Tokens [x, x_end) of the query rows (keys: rows along Y) [y, y_end).
     template <class T>
     void add(const View<T> &v, int z, int y, int y_end, int x, int x_end, int head, int channels) {
+        if (!v.data) return;
         tokens = x_end - x;
         for (; y < y_end && rows < most_rows; y++)
             row[rows++] = Row{(const char *)v.at(z, y, x, head), v.x * (int64_t)sizeof(T), channels * (int)sizeof(T)};
@@ -124,7 +125,9 @@ static PackedKeys lay_out_keys(Arena &arena, const Ring &ring, int channels, int
     return k;
 }
 // Idle lanes read past the keys of a row: numbers, not whatever the memory held.
-static void clear(const PackedKeys &k) { memset(k.data, 0, k.size() * sizeof(Real)); }
+static void clear(const PackedKeys &k) {
+    if (k.data) memset(k.data, 0, k.size() * sizeof(Real));
+}
 
 // The copies for paired tiles of one packed row, all heads.
 static void pack_pairs_of(const PackedKeys &k, int slot, const ColumnTile *tiles, const ColumnTiles &n) {

@@ -1,10 +1,12 @@
-// Softmax and its gradient, elementwise over score vectors [slot][lane] of one query row. Scores are in units of log2.
+// Softmax and its gradient, elementwise over score vectors [slot][lane] of one query row.
 #pragma once
 #include "tile.h"
 
 namespace nbhd::NBHD_ISA {
 
 constexpr Real log2_e = Real(1.4426950408889634074), ln_2 = Real(0.69314718055994530942);
+// Scores of attention are in units of log2, so that weights are powers of two; those of the unfused pair are as they are.
+static Real score_unit(const Problem &p) { return p.part == Part::attention ? log2_e : Real(1); }
 constexpr Real nothing = Real(-1e30); // a score whose weight is exactly zero
 
 // Whether some slot of the tile belongs to no key, as under a causal axis.
@@ -87,6 +89,10 @@ static void score_gradient_and_add(const Real *weights, Real *d_weights, int slo
         store(d_weights + i * lanes, g);
         store(sum + i * lanes, load(sum + i * lanes) + g);
     }
+}
+
+static void add_scores(const Real *d_scores, int slots, Real *sum) {
+    for (int i = 0; i < slots; i++) store(sum + i * lanes, load(sum + i * lanes) + load(d_scores + i * lanes));
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -9,6 +9,12 @@ A backend is a module with
     backward(d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale)
                             -> (d_query, d_key, d_value, d_rel_pos_bias or None)
 
+and may have
+
+    prepare(query, key, value, neighborhood, scale)     an object with ``forward(query, key, value, rel_pos_bias,
+                            with_lse)`` and ``backward(d_out, ..., out, lse)`` for tensors laid out like these
+    scores, scores_backward, weighted_sum, weighted_sum_backward      the unfused pair, as the reference has it
+
 Arguments are checked before (``functional``). ``out`` and the gradients are contiguous and have their argument's dtype;
 ``lse`` is float32 (float64 for float64). ``d_lse`` is None where the log-sum-exp has no gradient. The score gradient is
 ``dS = P * (dP - (rowsum(P * dP) - d_lse))``.
@@ -32,11 +38,14 @@ from nbhd.geometry import Neighborhood
 MODULES = {
     "reference": "nbhd.backends.reference",
     "cpu": "nbhd.backends.cpu",
+    "triton": "nbhd.backends.triton",
 }
 
 #: What ``backend="auto"`` tries, best first, for each type of device; other devices take the reference.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),  # ROCm too: PyTorch calls its devices cuda
+    "xpu": ("triton", "reference"),
 }
 
 #: Scores (batch * positions * heads * window) from which running on the reference for want of better is said aloud.

@@ -13,7 +13,9 @@ import functools
 import os
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +26,20 @@ from nbhd.geometry import AxisTable, Neighborhood, axis_table
 
 NAME = "cpu"
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-# nbhd_call: header, five sizes ... see nbhd.h. A tensor is a pointer and five strides.
+# nbhd_call, see nbhd.h: sizes and tables; query, key, value, out, lse, bias; the gradients of these; threads; weights
+# of the unfused pair and their gradients. A tensor is a pointer and five strides.
 _GEOMETRY = struct.Struct("=7q9q6qd")
-_TENSORS = struct.Struct("=24q2q24q2q2q")
-_CALL_BYTES = _GEOMETRY.size + _TENSORS.size
+_TENSORS = struct.Struct("=26q")
+_THREADS = struct.Struct("=2q")
+_WEIGHTS = struct.Struct("=12q")
+_CALL_BYTES = _GEOMETRY.size + 2 * _TENSORS.size + _THREADS.size + _WEIGHTS.size
 _NO_TENSOR = (0,) * 6
+_NO_TENSORS = bytes(_TENSORS.size)
+_NO_WEIGHTS = bytes(_WEIGHTS.size)
 
 
 class _Library:
@@ -51,7 +58,12 @@ class _Library:
         self.isa: str = library.nbhd_isa().decode()
         self.status_text = library.nbhd_status_text
         self.forward, self.backward = library.nbhd_forward, library.nbhd_backward
-        for entry in (self.forward, self.backward):
+        self.scores, self.scores_backward = library.nbhd_scores, library.nbhd_scores_backward
+        self.weighted_sum, self.weighted_sum_backward = library.nbhd_weighted_sum, library.nbhd_weighted_sum_backward
+        for entry in (
+            self.forward, self.backward, self.scores, self.scores_backward, self.weighted_sum,
+            self.weighted_sum_backward,
+        ):  # fmt: skip
             entry.restype, entry.argtypes = ctypes.c_int32, [ctypes.c_char_p]
         self.parallel_for = _torch_parallel_for()
 
@@ -119,23 +131,113 @@ def why_not(call: Call) -> str | None:
     return None
 
 
+#: Shape and strides.
+_Layout = tuple[torch.Size, tuple[int, ...]]
+
+
+class PreparedCall:
+    """Forward and backward for tensors laid out like the given ones: all of the struct is packed but the pointers."""
+
+    __slots__ = ("_dense", "_gradient_strides", "_header", "_library", "_lse", "_out", "_strides", "_tables")
+
+    def __init__(
+        self, dtype: torch.dtype, query: _Layout, key: _Layout, value: _Layout, neighborhood: Neighborhood,
+        scale: float,
+    ) -> None:  # fmt: skip
+        self._library = _library()
+        heads, dim_v = key[0][-2], value[0][-1]
+        # the header points into the tables
+        self._header, self._tables = _geometry(dtype, query[0], heads, dim_v, neighborhood, scale)
+        layouts = (query, key, value)
+        self._strides = [_five(stride) for _, stride in layouts]
+        dense = [_dense_stride(shape) for shape, _ in layouts]
+        self._dense = [layout[1] == d for layout, d in zip(layouts, dense, strict=True)]
+        self._gradient_strides = [_five(d) for d in dense]
+        out = torch.Size((*query[0][:-1], dim_v))
+        self._out = out, _five(_dense_stride(out))
+        self._lse = query[0][:-1], torch.float64 if dtype == torch.float64 else torch.float32
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and, if asked for, log-sum-exp."""
+        shape, out_strides = self._out
+        quick = self._dense[0] and shape == query.shape
+        out = torch.empty_like(query) if quick else query.new_empty(shape)
+        lse_shape, real = self._lse
+        lse = query.new_empty(lse_shape, dtype=real) if with_lse else None
+        bias = _dense(rel_pos_bias, real)
+        of_query, of_key, of_value = self._strides
+        library = self._library
+        status = library.forward(
+            self._header
+            + _TENSORS.pack(
+                query.data_ptr(), *of_query, key.data_ptr(), *of_key, value.data_ptr(), *of_value,
+                out.data_ptr(), *out_strides,
+                0 if lse is None else lse.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            )
+            + _NO_TENSORS
+            + _THREADS.pack(library.parallel_for, torch.get_num_threads())
+            + _NO_WEIGHTS
+        )  # fmt: skip
+        if status:
+            _refused(library, status)
+        return out, lse
+
+    def backward(
+        self, d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+        rel_pos_bias: Tensor | None, out: Tensor, lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Gradients of query, key, value and bias. ``out`` is not read."""
+        d_out = _rows(d_out if d_out.dtype == query.dtype else d_out.to(query.dtype))
+        gradients = [
+            torch.empty_like(t) if dense else t.new_empty(t.shape)
+            for t, dense in zip((query, key, value), self._dense, strict=True)
+        ]
+        real = self._lse[1]
+        lse, d_lse, bias = lse.contiguous(), _dense(d_lse, real), _dense(rel_pos_bias, real)
+        d_bias = None if bias is None else torch.empty_like(bias)
+        of_query, of_key, of_value = self._strides
+        library = self._library
+        status = library.backward(
+            self._header
+            + _TENSORS.pack(
+                query.data_ptr(), *of_query, key.data_ptr(), *of_key, value.data_ptr(), *of_value, *_NO_TENSOR,
+                lse.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            )
+            + _TENSORS.pack(
+                d_out.data_ptr(), *_strides(d_out),
+                gradients[0].data_ptr(), *self._gradient_strides[0],
+                gradients[1].data_ptr(), *self._gradient_strides[1],
+                gradients[2].data_ptr(), *self._gradient_strides[2],
+                0 if d_lse is None else d_lse.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(),
+            )
+            + _THREADS.pack(library.parallel_for, torch.get_num_threads())
+            + _NO_WEIGHTS
+        )  # fmt: skip
+        if status:
+            _refused(library, status)
+        if d_bias is not None and rel_pos_bias is not None:
+            d_bias = d_bias.to(rel_pos_bias.dtype)
+        return gradients[0], gradients[1], gradients[2], d_bias
+
+
+_prepared = functools.lru_cache(maxsize=256)(PreparedCall)
+
+
+def prepare(query: Tensor, key: Tensor, value: Tensor, neighborhood: Neighborhood, scale: float) -> PreparedCall:
+    """A call for tensors laid out like these, which must have contiguous channels."""
+    layouts = [(t.shape, t.stride()) for t in (query, key, value)]
+    return _prepared(query.dtype, *layouts, neighborhood, scale)
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as :mod:`nbhd.backends` describes."""
-    library = _library()
     query, key, value = _rows(query), _rows(key), _rows(value)
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    real = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty(query.shape[:-1], dtype=real)
-    bias = _dense(rel_pos_bias, real)
-    arguments = _TENSORS.pack(
-        *_tensor(query), *_tensor(key), *_tensor(value), *_tensor(out),
-        lse.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        *_NO_TENSOR, *_NO_TENSOR, *_NO_TENSOR, *_NO_TENSOR, 0, 0,
-        library.parallel_for, torch.get_num_threads(),
-    )  # fmt: skip
-    _check(library, library.forward(_header(query, key, value, neighborhood, scale) + arguments))
+    out, lse = prepare(query, key, value, neighborhood, scale).forward(query, key, value, rel_pos_bias, True)
+    assert lse is not None
     return out, lse
 
 
@@ -152,24 +254,87 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and bias, as :mod:`nbhd.backends` describes. ``out`` is not read."""
-    library = _library()
-    query, key, value, d_out = _rows(query), _rows(key), _rows(value), _rows(d_out.to(query.dtype))
-    d_query, d_key, d_value = (t.new_empty(t.shape) for t in (query, key, value))
-    lse = lse.contiguous()
-    d_lse = _dense(d_lse, lse.dtype)
-    bias = _dense(rel_pos_bias, lse.dtype)
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    call = prepare(query, key, value, neighborhood, scale)
+    return call.backward(d_out, d_lse, query, key, value, rel_pos_bias, out, lse)
+
+
+# ---- the unfused pair
+
+
+def scores(query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float) -> Tensor:
+    """``[batch, *spatial, heads, slots]`` scores before the softmax, minus infinity in unused slots."""
+    query, key = _rows(query), _rows(key)
+    result = query.new_empty((*query.shape[:-1], neighborhood.slots))
+    bias = _dense(rel_pos_bias, _real(query))
+    _run(_library().scores, query, key, key, neighborhood, scale, first=(query, key), bias=bias, weights=result)
+    return result
+
+
+def scores_backward(
+    d_scores: Tensor, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key and bias."""
+    d_scores, query, key = _rows(d_scores.to(query.dtype)), _rows(query), _rows(key)
+    d_query, d_key = query.new_empty(query.shape), key.new_empty(key.shape)
+    bias = _dense(rel_pos_bias, _real(query))
     d_bias = None if bias is None else torch.empty_like(bias)
-    arguments = _TENSORS.pack(
-        *_tensor(query), *_tensor(key), *_tensor(value), *_NO_TENSOR,
-        lse.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        *_tensor(d_out), *_tensor(d_query), *_tensor(d_key), *_tensor(d_value),
-        0 if d_lse is None else d_lse.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(),
-        library.parallel_for, torch.get_num_threads(),
+    _run(
+        _library().scores_backward, query, key, key, neighborhood, scale,
+        first=(query, key), gradients=(None, d_query, d_key), bias=bias, d_bias=d_bias, d_weights=d_scores,
     )  # fmt: skip
-    _check(library, library.backward(_header(query, key, value, neighborhood, scale) + arguments))
     if d_bias is not None and rel_pos_bias is not None:
         d_bias = d_bias.to(rel_pos_bias.dtype)
-    return d_query, d_key, d_value, d_bias
+    return d_query, d_key, d_bias
+
+
+def weighted_sum(weights: Tensor, value: Tensor, neighborhood: Neighborhood) -> Tensor:
+    """``[batch, *spatial, heads, dim_v]``: each query's weights times the values of its window."""
+    weights, value = _rows(weights), _rows(value)
+    out = value.new_empty((*weights.shape[:-1], value.shape[-1]))
+    _run(
+        _library().weighted_sum, out, value, value, neighborhood, 1.0,
+        first=(None, None, value, out), weights=weights,
+    )  # fmt: skip
+    return out
+
+
+def weighted_sum_backward(
+    d_out: Tensor, weights: Tensor, value: Tensor, neighborhood: Neighborhood
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weights (zero in unused slots) and value."""
+    d_out, weights, value = _rows(d_out.to(value.dtype)), _rows(weights), _rows(value)
+    d_weights, d_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
+    _run(
+        _library().weighted_sum_backward, d_out, value, value, neighborhood, 1.0,
+        first=(None, None, value), gradients=(d_out, None, None, d_value), weights=weights, d_weights=d_weights,
+    )  # fmt: skip
+    return d_weights, d_value
+
+
+def _run(
+    entry: Any, query: Tensor, key: Tensor, value: Tensor, neighborhood: Neighborhood, scale: float, *,
+    first: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...] = (), bias: Tensor | None = None,
+    d_bias: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | None = None,
+) -> None:  # fmt: skip
+    """A half: the geometry of these tensors; ``first`` and ``gradients`` are in the struct's order."""
+    library = _library()
+
+    def tensors(given: tuple[Tensor | None, ...], last: Tensor | None) -> bytes:
+        numbers: list[int] = []
+        for tensor in (*given, *(None,) * (4 - len(given))):
+            numbers += _NO_TENSOR if tensor is None else _tensor(tensor)
+        return _TENSORS.pack(*numbers, 0, 0 if last is None else last.data_ptr())
+
+    status = entry(
+        _header(query, key, value, neighborhood, scale)
+        + tensors(first, bias)
+        + tensors(gradients, d_bias)
+        + _THREADS.pack(library.parallel_for, torch.get_num_threads())
+        + _WEIGHTS.pack(*(n for t in (weights, d_weights) for n in (_NO_TENSOR if t is None else _tensor(t))))
+    )
+    if status:
+        _refused(library, status)
 
 
 def _library() -> _Library:
@@ -179,11 +344,8 @@ def _library() -> _Library:
     return library
 
 
-def _check(library: _Library, status: int) -> None:
-    if status:
-        raise BackendError(
-            f"the native core refused the call: {library.status_text(status).decode()} (status {status})."
-        )
+def _refused(library: _Library, status: int) -> None:
+    raise BackendError(f"the native core refused the call: {library.status_text(status).decode()} (status {status}).")
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -191,18 +353,38 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def _real(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(dtype).contiguous()
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.detach().to(dtype).contiguous()
+
+
+def _dense_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.append(strides[-1] * length)
+    return tuple(reversed(strides))
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return _five(tensor.stride())
+
+
+def _five(stride: tuple[int, ...]) -> tuple[int, ...]:
+    """nbhd_tensor's strides: batch, three spatial axes (absent ones first, stride 0), head."""
+    if len(stride) == 5:
+        return stride[0], 0, stride[1], stride[2], stride[3]
+    if len(stride) == 4:
+        return stride[0], 0, 0, stride[1], stride[2]
+    return stride[:5]
 
 
 def _tensor(tensor: Tensor) -> tuple[int, ...]:
-    """nbhd_tensor: pointer, strides of batch, three spatial axes (absent ones first, stride 0) and head."""
-    stride = tensor.stride()
-    if len(stride) == 5:
-        return tensor.data_ptr(), stride[0], 0, stride[1], stride[2], stride[3]
-    if len(stride) == 4:
-        return tensor.data_ptr(), stride[0], 0, 0, stride[1], stride[2]
-    return tensor.data_ptr(), *stride[:5]
+    return tensor.data_ptr(), *_strides(tensor)
 
 
 def _header(query: Tensor, key: Tensor, value: Tensor, neighborhood: Neighborhood, scale: float) -> bytes:

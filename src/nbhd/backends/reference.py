@@ -13,9 +13,11 @@ mathematics with the backward written out, so that no chunk has to be kept.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,24 @@ NAME = "reference"
 #: Gathered elements of one chunk: small enough for a CPU's last-level cache, large enough to fill a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 22}
 CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _without_autocast(run: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Autocast has had its say in ``functional``; here it would cast the products of the sums."""
+
+    @functools.wraps(run)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+            return run(*args, **kwargs)
+        device = next(t.device.type for t in args if isinstance(t, Tensor))
+        with torch.autocast(device, enabled=False):
+            return run(*args, **kwargs)
+
+    return wrapped
 
 
 def why_unusable() -> str | None:
@@ -162,6 +182,7 @@ def _map(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, neighbo
     return _Map(query.shape[-2], key.shape[-2], key.shape[-1] + value.shape[-1], query, bias, neighborhood)
 
 
+@_without_autocast
 def attend(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -178,12 +199,14 @@ def attend(
     return out, layout.to_map(torch.cat(lses, 2)[..., None], lses[0].dtype).squeeze(-1)
 
 
+@_without_autocast
 def forward(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
     return attend(query, key, value, rel_pos_bias, neighborhood, scale)
 
 
+@_without_autocast
 def backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -228,6 +251,7 @@ def backward(
 # The unfused pair: scores out, weights in. What is stored is [batch, *spatial, heads, slots].
 
 
+@_without_autocast
 def scores(query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float) -> Tensor:
     """``[batch, *spatial, heads, slots]`` scores before the softmax, minus infinity in unused slots. Differentiable."""
     layout = _Map(query.shape[-2], key.shape[-2], key.shape[-1], query, rel_pos_bias, neighborhood)
@@ -236,6 +260,7 @@ def scores(query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood
     return layout.to_map(torch.cat(parts, 2), query.dtype)
 
 
+@_without_autocast
 def scores_backward(
     d_scores: Tensor, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -260,6 +285,7 @@ def scores_backward(
     )
 
 
+@_without_autocast
 def weighted_sum(weights: Tensor, value: Tensor, neighborhood: Neighborhood) -> Tensor:
     """``[batch, *spatial, heads, dim_v]``: each query's weights times the values of its window. Differentiable."""
     layout = _Map(weights.shape[-2], value.shape[-2], value.shape[-1], weights, None, neighborhood)
@@ -273,6 +299,7 @@ def weighted_sum(weights: Tensor, value: Tensor, neighborhood: Neighborhood) -> 
     return layout.to_map(torch.cat(outs, 2), value.dtype)
 
 
+@_without_autocast
 def weighted_sum_backward(
     d_out: Tensor, weights: Tensor, value: Tensor, neighborhood: Neighborhood
 ) -> tuple[Tensor, Tensor]:
