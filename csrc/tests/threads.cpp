@@ -1,6 +1,10 @@
 // The same bits at every thread count and in every run, and several calls at once.
 #include <cstdio>
 #include <thread>
+#if !defined(_WIN32)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #include "call.h"
 
@@ -56,6 +60,23 @@ int main() {
             if (ra != once || rb != once)
                 printf("case %d dtype %d: calls at the same time differ\n", which, int(dtype)), failures++;
         }
+#if !defined(_WIN32)
+    // a child process has none of its parent's threads, and computes all the same
+    std::mt19937_64 random(1);
+    truth::Case c;
+    c.axis[1].length = 40, c.axis[1].kernel = 5, c.axis[2].length = 30, c.axis[2].kernel = 5, c.heads = c.kv_heads = 4,
+    c.dim = c.dim_v = 8;
+    Prepared p;
+    p.make(c, NBHD_FLOAT32, random);
+    const Result parent = run(p, 3);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20); // rather than wait for threads that are not there
+        _exit(run(p, 3) == parent ? 0 : 1);
+    }
+    int status = 1;
+    if (waitpid(child, &status, 0) != child || status != 0) printf("a forked child differs or hangs\n"), failures++;
+#endif
     if (!failures) printf("ok\n");
     return failures != 0;
 }

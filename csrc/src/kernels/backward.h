@@ -3,7 +3,7 @@
 // one is given dS and the other P, and they do what is left.
 //
 // Gradients of keys and values gather in a ring like the packed keys and leave it when no later tile sees them. Where a map is
-// cut into blocks, neighbours share key rows: they add to the tensor, first the even blocks of the leading axis, then the odd.
+// cut into blocks, neighbours share key rows: they add to the tensor, first the even cuts of the map, then the odd.
 #pragma once
 #include "forward.h"
 #include "key_gradient.h"

@@ -7,7 +7,7 @@ namespace nbhd::NBHD_ISA {
 struct BackwardJob {
     const Problem *p;
     Plan plan;
-    int parity;            // of the lead blocks that run in this pass; -1: all
+    int parity;            // of the cuts that run in this pass; -1: all
     Tensor d_key, d_value; // targets
     bool real_targets;     // the targets hold Real, whatever the dtype
     Real *d_bias;          // [task][head of the task][row][column], or null
@@ -23,13 +23,13 @@ static Tensor dense(Real *data, const Problem &p, int channels) {
     return Tensor{data, z * p.axis[0].length, {z, y, x}, channels};
 }
 
-// The lead blocks of one parity share no key, in any group: they may run at the same time.
+// The cuts of one parity share no key, in any group: they may run at the same time.
 static bool alternate_blocks_are_apart(const Problem &p, const Plan &plan) {
-    const Axis &axis = p.axis[plan.lead_axis];
+    const Axis &axis = p.axis[plan.cut_axis];
     for (int g = 0; g < axis.dilation; g++) {
         const GroupAxis a = group_axis(axis, g);
-        for (int64_t i = 0; i + 2 < plan.lead_blocks; i++) {
-            const int64_t end = a.length * (i + 1) / plan.lead_blocks, next = a.length * (i + 2) / plan.lead_blocks;
+        for (int64_t i = 0; i + 2 < plan.cuts; i++) {
+            const int64_t end = a.length * (i + 1) / plan.cuts, next = a.length * (i + 2) / plan.cuts;
             if (end < 1 || a.end(int(end) - 1) > a.first[next]) return false;
         }
     }
@@ -43,7 +43,7 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
     for (int64_t n = task.map_begin; n < task.map_end;) {
         const Map m = map_of(p, n);
         const int64_t maps = maps_alike(p, n, task.map_end);
-        for_each_block(job.plan, m, task.lead, [&](const Block &b) {
+        for_each_block(job.plan, m, task.cut, [&](const Block &b) {
             BackwardBuffers f{};
             Arena arena;
             lay_out(f, arena, p, m, b, task);
@@ -75,7 +75,7 @@ template <class T>
 static void backward_task(int64_t i, void *context) {
     BackwardJob &job = *(BackwardJob *)context;
     const Task task = task_of(job.plan, *job.p, i);
-    if (job.parity >= 0 && (task.lead & 1) != job.parity) return;
+    if (job.parity >= 0 && (task.cut & 1) != job.parity) return;
     Real *d_bias = job.d_bias ? job.d_bias + i * job.d_bias_task : nullptr;
     if (job.real_targets) backward_blocks<T, Real>(job, task, d_bias);
     else backward_blocks<T, T>(job, task, d_bias);
@@ -127,7 +127,8 @@ template <class T>
 static bool backward_as(const Problem &p, const Threads &threads) {
     BackwardJob job{&p,   make_plan(p, backward_transposed, backward_rows), -1, p.d_key, p.d_value, false, nullptr, 0,
                     false};
-    while (job.plan.lead_blocks > 1 && !alternate_blocks_are_apart(p, job.plan)) job.plan.lead_blocks--;
+    while (job.plan.cuts > 1 && !alternate_blocks_are_apart(p, job.plan)) job.plan.cuts--;
+    if (job.plan.cuts == 2) job.plan.cuts = 1; // one after the other: nothing won
     const int64_t tasks = job.plan.tasks();
     Real *sums = nullptr;
     if (p.d_bias) {
@@ -147,7 +148,7 @@ static bool backward_as(const Problem &p, const Threads &threads) {
     if (!job.failed) {
         const int64_t planes = p.batch * p.axis[0].length;
         if (job.plan.shares_keys() && !job.real_targets) run_tasks(threads, planes, finish_plane<T>, &job);
-        if (job.plan.lead_blocks > 1) {
+        if (job.plan.cuts > 1) {
             for (job.parity = 0; job.parity < 2; job.parity++) run_tasks(threads, tasks, backward_task<T>, &job);
         } else {
             run_tasks(threads, tasks, backward_task<T>, &job);

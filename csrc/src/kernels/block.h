@@ -2,7 +2,7 @@
 //
 //      call     all images, heads and dilation groups
 //      map      one dilation group of one image: undilated, independent of every other map
-//      task     a range of maps x a range of key/value heads x a range of places along the leading axis
+//      task     a range of maps x a range of key/value heads x a range of places along one axis
 //      block    a task's rows and columns, small enough for its packed keys to stay in the second-level cache
 //
 // The cuts depend on the shape alone, never on the number of threads: sums keep their order and results their bits.
@@ -105,22 +105,22 @@ static int most_key_rows(const Map &m, const Block &b) {
 struct Plan {
     int heads_per_task, head_groups; // key/value heads
     int64_t maps, maps_per_task, map_chunks;
-    int lead_axis, lead_blocks; // cuts along the leading axis, each a task
-    int y_block, x_block;       // places of a block; y_block cuts 3D maps only
-    int64_t tasks() const { return map_chunks * head_groups * lead_blocks; }
-    bool shares_keys() const { return lead_blocks > 1 || several_blocks; }
+    int cut_axis, cuts;   // cuts along one axis, each a task
+    int y_block, x_block; // places of a block; y_block cuts 3D maps only
+    int64_t tasks() const { return map_chunks * head_groups * cuts; }
+    bool shares_keys() const { return cuts > 1 || several_blocks; }
     bool several_blocks; // a task's map has more than one block
 };
 
 // What a task is, by number.
 struct Task {
     int64_t map_begin, map_end;
-    int head_begin, head_end, lead;
+    int head_begin, head_end, cut;
 };
 
 static Task task_of(const Plan &plan, const Problem &p, int64_t i) {
     Task t;
-    t.lead = int(i % plan.lead_blocks), i /= plan.lead_blocks;
+    t.cut = int(i % plan.cuts), i /= plan.cuts;
     const int group = int(i % plan.head_groups);
     i /= plan.head_groups;
     t.head_begin = group * plan.heads_per_task;
@@ -158,8 +158,7 @@ static int64_t maps_alike(const Problem &p, int64_t number, int64_t end) {
 static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int copies_transposed, int copies_rows) {
     int begin[3] = {0, 0, 0}, end[3];
     for (int a = 0; a < 3; a++) end[a] = m.axis[a].length;
-    if (plan.lead_axis == 0 && plan.y_block < end[1])
-        begin[1] = (end[1] - plan.y_block) / 2, end[1] = begin[1] + plan.y_block;
+    if (plan.y_block < end[1]) begin[1] = (end[1] - plan.y_block) / 2, end[1] = begin[1] + plan.y_block;
     if (plan.x_block < end[2]) begin[2] = (end[2] - plan.x_block) / 2, end[2] = begin[2] + plan.x_block;
     const Block b = make_block(m, begin, end);
     const int64_t channels = round_up(p.dim > p.dim_v ? p.dim : p.dim_v), width = b.key_end[2] - b.key_begin[2];
@@ -175,55 +174,51 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
     plan.maps = p.batch;
     for (int a = 0; a < 3; a++) plan.maps *= p.axis[a].dilation;
     const Map m = map_of(p, 0); // the longest of all groups along every axis
-    plan.lead_axis = m.axis[0].length > 1 ? 0 : m.axis[1].length > 1 ? 1 : 2;
+    const bool planes = m.axis[0].length > 1;
     plan.y_block = m.axis[1].length, plan.x_block = m.axis[2].length;
     const int y_least = 4 * tile_rows > m.axis[1].kernel ? 4 * tile_rows : m.axis[1].kernel;
     const int x_least = 4 * lanes > m.axis[2].kernel ? 4 * lanes : m.axis[2].kernel;
     while (ring_bytes(p, m, plan, copies_transposed, copies_rows) > cache) {
-        const bool cut_y = plan.lead_axis == 0 && plan.y_block > y_least, cut_x = plan.x_block > x_least;
+        const bool cut_y = planes && plan.y_block > y_least, cut_x = plan.x_block > x_least;
         if (!cut_y && !cut_x) break;
         if (cut_x && (!cut_y || plan.x_block / lanes >= plan.y_block / tile_rows))
             plan.x_block = round_up((plan.x_block + 1) / 2);
         else plan.y_block = (plan.y_block / 2 + tile_rows - 1) / tile_rows * tile_rows;
     }
-    plan.several_blocks = (plan.lead_axis == 0 && plan.y_block < m.axis[1].length) || plan.x_block < m.axis[2].length;
+    plan.several_blocks = plan.y_block < m.axis[1].length || plan.x_block < m.axis[2].length;
 
     // As many neighbouring heads as fit: a token's channels lie side by side.
     const int64_t bytes = ring_bytes(p, m, plan, copies_transposed, copies_rows);
     plan.heads_per_task = 1;
     while (plan.heads_per_task * 2 <= p.kv_heads && plan.heads_per_task * 2 * bytes <= cache) plan.heads_per_task *= 2;
-    // Enough tasks to keep many threads busy: images first, then heads, then places along the leading axis.
-    plan.lead_blocks = 1;
+    // Enough tasks to keep many threads busy: images first, then heads, then places along an axis.
+    plan.cut_axis = 0, plan.cuts = 1;
     const auto groups = [&] { return (p.kv_heads + plan.heads_per_task - 1) / plan.heads_per_task; };
     while (plan.heads_per_task > 1 && plan.maps * groups() < enough_tasks) plan.heads_per_task /= 2;
     plan.head_groups = groups();
-    if (plan.maps * plan.head_groups < enough_tasks) {
-        const GroupAxis &lead = m.axis[plan.lead_axis];
-        const int tiles = 4 * (plan.lead_axis == 2 ? 4 * lanes : tile_rows),
-                  least = 3 * lead.kernel > tiles ? 3 * lead.kernel : tiles;
-        const int64_t wanted = (enough_tasks + plan.maps * plan.head_groups - 1) / (plan.maps * plan.head_groups);
-        const int possible = lead.length / least;
-        plan.lead_blocks = int(wanted < possible ? wanted : possible > 1 ? possible : 1);
+    const int64_t have = plan.maps * plan.head_groups, wanted = (enough_tasks + have - 1) / have;
+    for (int a = 0; a < 3 && plan.cuts < wanted; a++) { // the first axis that is long enough, or the longest
+        const int least_places[] = {1, 2 * tile_rows, 16 * lanes}, window = 3 * m.axis[a].kernel / 2;
+        const int possible = m.axis[a].length / (window > least_places[a] ? window : least_places[a]);
+        if (possible > plan.cuts) plan.cut_axis = a, plan.cuts = int(possible < wanted ? possible : wanted);
     }
-    const int64_t parts = plan.head_groups * plan.lead_blocks, chunks = (enough_tasks + parts - 1) / parts;
+    const int64_t parts = plan.head_groups * plan.cuts, chunks = (enough_tasks + parts - 1) / parts;
     plan.map_chunks = chunks < plan.maps ? chunks : plan.maps;
     return plan;
 }
 
 // Calls visit(block) for the blocks of a task's map.
 template <class Visit>
-static void for_each_block(const Plan &plan, const Map &m, int lead, Visit visit) {
-    int begin[3] = {0, 0, 0}, end[3] = {m.axis[0].length, m.axis[1].length, m.axis[2].length};
-    const int64_t n = m.axis[plan.lead_axis].length;
-    begin[plan.lead_axis] = int(n * lead / plan.lead_blocks),
-    end[plan.lead_axis] = int(n * (lead + 1) / plan.lead_blocks);
-    if (begin[plan.lead_axis] >= end[plan.lead_axis]) return;
-    const int y_begin = begin[1], y_end = end[1], y_step = plan.lead_axis == 0 ? plan.y_block : y_end - y_begin;
-    const int x_begin = begin[2], x_end = end[2];
-    for (int y = y_begin; y < y_end; y += y_step)
-        for (int x = x_begin; x < x_end; x += plan.x_block) {
-            begin[1] = y, end[1] = y + y_step < y_end ? y + y_step : y_end;
-            begin[2] = x, end[2] = x + plan.x_block < x_end ? x + plan.x_block : x_end;
+static void for_each_block(const Plan &plan, const Map &m, int cut, Visit visit) {
+    int from[3] = {0, 0, 0}, to[3] = {m.axis[0].length, m.axis[1].length, m.axis[2].length};
+    const int64_t n = m.axis[plan.cut_axis].length;
+    from[plan.cut_axis] = int(n * cut / plan.cuts), to[plan.cut_axis] = int(n * (cut + 1) / plan.cuts);
+    if (from[plan.cut_axis] >= to[plan.cut_axis]) return;
+    int begin[3] = {from[0], from[1], from[2]}, end[3] = {to[0], to[1], to[2]};
+    for (int y = from[1]; y < to[1]; y += plan.y_block)
+        for (int x = from[2]; x < to[2]; x += plan.x_block) {
+            begin[1] = y, end[1] = y + plan.y_block < to[1] ? y + plan.y_block : to[1];
+            begin[2] = x, end[2] = x + plan.x_block < to[2] ? x + plan.x_block : to[2];
             visit(make_block(m, begin, end));
         }
 }

@@ -393,7 +393,7 @@ static void forward_task(int64_t i, void *context) {
     for (int64_t n = task.map_begin; n < task.map_end;) {
         const Map m = map_of(p, n);
         const int64_t maps = maps_alike(p, n, task.map_end);
-        for_each_block(job.plan, m, task.lead, [&](const Block &b) {
+        for_each_block(job.plan, m, task.cut, [&](const Block &b) {
             ForwardBuffers f{};
             Arena arena;
             lay_out(f, arena, p, m, b, task);
