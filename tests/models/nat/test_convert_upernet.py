@@ -62,12 +62,13 @@ def test_upernet_of_mmsegmentation_gives_the_original_scores(segmenter: Path, tm
     backbone = model.config.backbone_config
     assert (backbone.dilations, backbone.drop_path_rate) == (DENSE["dilations"], 0.4)
     assert backbone.out_features == ["stage1", "stage2", "stage3", "stage4"]
-    pixels = torch.randn(2, 3, 72, 100)
-    scores, auxiliary = upernet()(pixels)
-    torch.testing.assert_close(model(pixels).logits, scores, atol=1e-4, rtol=1e-4)
+    pixels = torch.randn(2, 3, 72, 100, dtype=torch.float64)
+    model = model.double()
+    scores, auxiliary = upernet().double()(pixels)
+    torch.testing.assert_close(model(pixels).logits, scores, atol=1e-12, rtol=1e-12)
     found = model.auxiliary_head(model.backbone(pixels).feature_maps)
     found = torch.nn.functional.interpolate(found, pixels.shape[2:], mode="bilinear", align_corners=False)
-    torch.testing.assert_close(found, auxiliary, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, auxiliary, atol=1e-12, rtol=1e-12)
 
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json", "model.safetensors", "preprocessor_config.json",
