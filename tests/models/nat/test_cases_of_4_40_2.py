@@ -114,10 +114,11 @@ def test_hidden_states_output(model_class: Any, from_config: bool) -> None:
         assert out.reshaped_hidden_states[1].shape == (13, 32, 8, 8)
 
 
+@pytest.mark.parametrize("deviation", [0.0, 1e-10])
 @every_model
-def test_initialization(model_class: Any) -> None:
-    """With next to no initial deviation every weight outside the embeddings is 0, or 1 in a norm."""
-    model = build(model_class, initializer_range=1e-10)
+def test_initialization(model_class: Any, deviation: float) -> None:
+    """With (next to) no initial deviation every weight outside the embeddings is 0, or 1 in a norm."""
+    model = build(model_class, initializer_range=deviation)
     for name, parameter in model.named_parameters():
         if "embeddings" not in name:
             assert round(parameter.mean().item(), 8) in (0.0, 1.0), name

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification
 
 from nbhd.errors import ArgumentError, CheckpointError, FileError
 from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatModel
@@ -246,6 +247,10 @@ def test_original_names_in_a_folder_of_transformers(tmp_path: Path) -> None:
         model = NatForImageClassification.from_pretrained(name)
         same(model(PIXELS).logits, truth(PIXELS))
         assert model.config.id2label[5] == "f"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nat", **labels, **settings}))
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(model) is NatForImageClassification
+    same(model(PIXELS).logits, truth(PIXELS))
 
 
 def test_weights_of_transformers_may_be_named_as_a_file(tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ class NatPreTrainedModel(PreTrainedModel):
         # loaded, and what the checkpoint lacks is filled by this function alone. `init` leaves alone what has been
         # loaded.
         super()._init_weights(module)
+        if self.config.initializer_range == 0 and isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.zeros_(module.weight)  # transformers takes 0 for not given
         if isinstance(module, NeighborhoodAttention):
             init.zeros_(module.rpb)
         elif isinstance(module, NatLayer) and module.layer_scale_parameters is not None:
