@@ -1,0 +1,146 @@
+"""The table of configurations: how large boxes are, how many warps work on them. No tuning at run time.
+
+``configurations.json`` holds the rows. A row serves one kernel, dtypes of ``bits``, heads of up to ``dim`` channels,
+and with ``bias`` true or false calls with or without a relative position bias (null: both). Its boxes have ``queries``
+queries (``count`` boxes of them) and ``keys`` keys; their shape is the one that visits the least for the window at hand
+(:mod:`~nbhd.backends.triton.boxes`). ``cost`` is the time of a visited pair relative to the other rows of the same
+kernel pair: ESTIMATES from machine code until ``make gpu-tune`` has measured them. ``shared`` is the shared memory that
+the compiler asked for, in bytes, by vendor; ``vendors`` are those a row is for, where not for all.
+
+``measured`` holds what ``make gpu-tune`` found: for a call, by its key, the row that was fastest.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbhd.backends.triton import boxes
+from nbhd.backends.triton.boxes import Axis, Tile
+
+PATH = Path(__file__).with_name("configurations.json")
+
+#: The two forms of each kernel.
+FORMS = {
+    "forward": ("forward_once", "forward_loop"),
+    "query": ("query_once", "query_loop"),
+    "key": ("key_loop",),
+    "table": ("query_loop",),
+    "pairs": ("pairs",),
+    "gather": ("gather",),
+    "scatter": ("scatter",),
+}
+
+#: A vendor's GPUs that have rows of their own, and whose they are.
+FAMILIES = {"hopper": "cuda"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, see above."""
+
+    id: str
+    kernel: str
+    bits: int
+    dim: int
+    bias: bool | None
+    count: int
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    cost: float
+    shared: dict[str, int]
+    vendors: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a choice depends on. Not the size of the map."""
+
+    kernel: str
+    bits: int
+    dim: int
+    axes: tuple[Axis, Axis, Axis]
+    has_bias: bool
+
+    @property
+    def key(self) -> str:
+        """As ``measured`` has it: the same for every map that runs the same machine code."""
+        windows = ",".join(
+            f"{a.kernel_size}{'c' if a.is_causal else ''}{'w' if a.is_whole else ''}/{a.stride}" for a in self.axes
+        )
+        return f"{self.kernel} {self.bits} {self.dim} {windows}{' bias' if self.has_bias else ''}"
+
+
+@functools.cache
+def _document() -> dict[str, Any]:
+    document = json.loads(PATH.read_text(encoding="utf-8"))
+    assert isinstance(document, dict)
+    return document
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """The table, in the order of the file."""
+    return tuple(Row(**{**row, "vendors": tuple(row.get("vendors", ()))}) for row in _document()["rows"])
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """The file's text: one line a row."""
+    lines = [",\n".join(f"    {json.dumps(row)}" for row in document["rows"])]
+    found = [",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(document["measured"].items()))]
+    return "\n".join(["{", '  "measured": {', *[x for x in found if x], "  },", '  "rows": [', *lines, "  ]", "}", ""])
+
+
+def measured() -> dict[str, str]:
+    """Row by key of a call, where one was measured."""
+    found = _document()["measured"]
+    assert isinstance(found, dict)
+    return found
+
+
+def tile(row: Row, problem: Problem) -> Tile | None:
+    """The boxes of a row for a call, None where it cannot do it."""
+    if row.kernel not in FORMS[problem.kernel] or row.bits != problem.bits or row.dim < problem.dim:
+        return None
+    if row.bias is not None and row.bias != problem.has_bias:
+        return None
+    if row.kernel.endswith("_once"):
+        found = boxes.once(problem.axes, row.queries, row.keys)
+        return None if found is None else Tile(row.count, *found)
+    return Tile(1, *boxes.loop(problem.axes, row.queries, row.keys))
+
+
+def estimate(row: Row, found: Tile, problem: Problem) -> float:
+    """Relative time of a row: what it visits, times what a visited pair costs it."""
+    if row.kernel.endswith("_once"):
+        return row.cost * math.prod(found.keys) / math.prod(a.kernel_size for a in problem.axes)
+    if row.kernel == "key_loop":
+        return row.cost * boxes.waste(problem.axes, found.keys, found.queries)
+    return row.cost * boxes.waste(problem.axes, found.queries, found.keys)
+
+
+def runs_on(row: Row, vendor: str) -> bool:
+    return not row.vendors or vendor == "interpreter" or vendor in row.vendors or FAMILIES.get(vendor) in row.vendors
+
+
+@functools.lru_cache(maxsize=4096)
+def ranked(problem: Problem, vendor: str, shared: int) -> tuple[tuple[Row, Tile], ...]:
+    """The rows that can run a call within ``shared`` bytes of shared memory, best first."""
+    found: list[tuple[bool, float, int, Row, Tile]] = []
+    chosen = measured().get(problem.key)
+    for row in rows():
+        if not runs_on(row, vendor):
+            continue
+        boxed = tile(row, problem)
+        if boxed is not None and row.shared.get(FAMILIES.get(vendor, vendor), 0) <= shared:
+            found.append((row.id != chosen, estimate(row, boxed, problem), len(found), row, boxed))
+    return tuple((row, boxed) for *_, row, boxed in sorted(found, key=lambda each: each[:3]))

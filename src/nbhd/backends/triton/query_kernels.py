@@ -1,0 +1,249 @@
+"""The backward kernels of queries: their gradient, delta and the bias gradient.
+
+    delta = rowsum(out * d_out) - d_lse       stored for the key kernels
+    dS = P * (dP - delta)                     dQ = scale * dS K
+
+The bias gradient is a sum over diagonals of dS. Each program adds up the slab of the table (``W`` entries an axis
+from ``slab``) that its boxes touch in registers and stores it as a table of its own; the host adds those up in a
+fixed order. No atomics anywhere. ``query_loop`` does it in launches of its own, a slab at a time, walking only the
+boxes that touch the slab.
+
+``query_once`` and ``query_loop`` correspond to ``forward_once`` and ``forward_loop``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nbhd.backends.triton.forward_kernels import SIZES
+from nbhd.backends.triton.score_tiles import (
+    LN2,
+    LOG2E,
+    bias_column,
+    bias_padding,
+    bias_row,
+    bias_size,
+    dot,
+    dot_add,
+    dot_nt,
+    gather_bias,
+    pairs,
+    sees,
+    table_sums,
+)
+from nbhd.backends.triton.tiles import (
+    clamp,
+    count_boxes,
+    end_keys,
+    first_keys,
+    in_group,
+    is_outside,
+    last_places,
+    load_box,
+    load_rows,
+    locate,
+    next_box,
+    places,
+    seen_whole,
+    store_rows,
+    tokens_of,
+    wide,
+)
+
+
+@triton.jit
+def _delta(
+    o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV: tl.constexpr,
+    BDV: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """Compute and store delta of the rows ``base + row``."""
+    o = load_rows(o_ptr + base * DV, row * DV, DV, BDV)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), -1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + base + row)
+    tl.store(delta_ptr + base + row, delta, mask=inside)
+    return delta
+
+
+@triton.jit(do_not_specialize=SIZES)
+def query_once(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, bias_ptr,
+    dq_ptr, delta_ptr, table_ptr,
+    qsb, qs0, qs1, qs2, qsh,
+    ksb, ks0, ks1, ks2, ksh,
+    vsb, vs0, vs1, vs2, vsh,
+    gsb, gs0, gs1, gs2, gsh,
+    batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
+    images,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    AXES: tl.constexpr, NB: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Tables ``[boxes, image groups, heads, W]``: dS is summed over images, then its diagonals are taken."""
+    L = (L0, L1, L2)
+    d = (d0, d1, d2)
+    M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
+    N: tl.constexpr = TK[0] * TK[1] * TK[2]
+    TP: tl.constexpr = (NB * TQ[0], TQ[1], TQ[2])
+    PAD: tl.constexpr = bias_padding(AXES, TQ, TK)
+    box = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    u, g, G = locate(box, L, d, TP)
+    if is_outside(u, G):
+        return
+    if NB > 1:
+        at = (u[0] + tl.arange(0, NB) * TQ[0], u[1], u[2])
+        f = first_keys((tl.minimum(at[0], G[0] - 1), u[1], u[2]), G, AXES)
+    else:
+        at = u
+        f = first_keys(u, G, AXES)
+    y = places(at, NB, TQ)
+    inside = in_group(y, G)
+    y = clamp(y, G)
+    p = places(f, NB, TK)
+    h = tl.program_id(0) % heads
+    # a repeated row sees nothing: it must not count twice
+    ok = sees(p, first_keys(y, G, AXES), end_keys(y, G, AXES), pairs(TQ, TK)) & tl.expand_dims(inside, -1)
+    if HAS_BIAS:
+        bias_ptr += h * (bias_size(AXES) + 2 * PAD) + PAD
+        index = tl.expand_dims(bias_column(p, AXES), -2) - tl.expand_dims(bias_row(y, AXES), -1)
+        term = tl.where(ok, gather_bias(bias_ptr, index, INLINE), float("-inf"))
+        if NB > 1:
+            total = tl.zeros([NB, M, N], tl.float32)
+        else:
+            total = tl.zeros([M, N], tl.float32)
+    else:
+        term = tl.where(ok, 0.0, float("-inf"))
+    qs = wide((qs0, qs1, qs2), ALIGN, WIDE)
+    ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
+    vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
+    gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
+    row = tokens_of(y, g, L, d, WIDE) * heads
+    size = L0.to(tl.int64) * L1 * L2 * heads
+    head = h.to(tl.int64)
+    kv_head = head // kv_group
+    for i in tl.range(0, images, num_stages=1):
+        b = (tl.program_id(0) // heads * images + i).to(tl.int64)
+        if b < batch:
+            base = b * size + head
+            do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, at, g, G, d, NB, TQ, DV, BDV)
+            delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
+            lse = tl.load(lse_ptr + base + row) * LOG2E
+            q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, at, g, G, d, NB, TQ, D, BD)
+            k = load_box(k_ptr + kv_head * (ksh * ALIGN) + b * (ksb * ALIGN), ks, f, g, G, d, NB, TK, D, BD)
+            v = load_box(v_ptr + kv_head * (vsh * ALIGN) + b * (vsb * ALIGN), vs, f, g, G, d, NB, TK, DV, BDV)
+            w = tl.exp2(dot_nt(q, k, PREC) * scale + term - tl.expand_dims(lse, -1))
+            ds = w * (dot_nt(do, v, PREC) - tl.expand_dims(delta, -1))
+            if HAS_BIAS:
+                total += ds
+            dq = dot(ds.to(k.dtype), k, PREC)
+            store_rows(dq_ptr + base * D, row * D, dq * (scale * LN2), inside, D, BD)
+    if HAS_BIAS:
+        SIZE: tl.constexpr = W[0] * W[1] * W[2]
+        origin = (
+            f[0] - at[0] + (AXES[0] - 1), f[1] - at[1] + (AXES[3] - 1), f[2] - at[2] + (AXES[6] - 1)
+        )  # fmt: skip
+        table = table_sums(total, origin, NB, TQ, TK, W)
+        number = (box * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        tl.store(table_ptr + number * SIZE + tl.arange(0, SIZE), table)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "slab0", "slab1", "slab2"))
+def query_loop(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, bias_ptr,
+    dq_ptr, delta_ptr, table_ptr,
+    qsb, qs0, qs1, qs2, qsh,
+    ksb, ks0, ks1, ks2, ksh,
+    vsb, vs0, vs1, vs2, vsh,
+    gsb, gs0, gs1, gs2, gsh,
+    batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
+    first_box, slab0, slab1, slab2,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_TABLE: tl.constexpr,
+    INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Tables ``[boxes, batch, heads, W]``."""
+    L = (L0, L1, L2)
+    d = (d0, d1, d2)
+    M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
+    PAD: tl.constexpr = bias_padding(AXES, TQ, TK)
+    SIZE: tl.constexpr = W[0] * W[1] * W[2]
+    bh = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    u, g, G = locate(tl.program_id(0) + first_box, L, d, TQ)
+    if bh >= batch * heads:
+        return
+    table_ptr += (tl.program_id(0).to(tl.int64) * (batch * heads) + bh) * SIZE
+    if is_outside(u, G):
+        return
+    head = (bh % heads).to(tl.int64)
+    b = (bh // heads).to(tl.int64)
+    kv_head = head // kv_group
+    qs = wide((qs0, qs1, qs2), ALIGN, WIDE)
+    ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
+    vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
+    gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
+    k_ptr += (b * ksb + kv_head * ksh) * ALIGN
+    v_ptr += (b * vsb + kv_head * vsh) * ALIGN
+    y = places(u, 1, TQ)
+    inside = in_group(y, G)
+    y = clamp(y, G)
+    first = first_keys(y, G, AXES)
+    end = end_keys(y, G, AXES)
+    bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
+    q_bias = bias_row(y, AXES)
+    base = b * (L0.to(tl.int64) * L1 * L2 * heads) + head
+    row = tokens_of(y, g, L, d, WIDE) * heads
+    q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, 1, TQ, D, BD)
+    do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, u, g, G, d, 1, TQ, DV, BDV)
+    lse = tl.load(lse_ptr + base + row) * LOG2E
+    if WANT_QUERY:
+        delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
+    else:
+        delta = tl.load(delta_ptr + base + row)
+
+    last = last_places(u, G, TQ)
+    f = first_keys(u, G, AXES)
+    z = end_keys(last, G, AXES)
+    if not WANT_QUERY:
+        # only keys whose relative place lies in the slab for some query: places of keys from low to high
+        f = (
+            tl.maximum(f[0], u[0] + (slab0 - (AXES[0] - 1))),
+            tl.maximum(f[1], u[1] + (slab1 - (AXES[3] - 1))),
+            tl.maximum(f[2], u[2] + (slab2 - (AXES[6] - 1))),
+        )
+        z = (
+            tl.minimum(z[0], last[0] + (slab0 + W[0] - (AXES[0] - 1))),
+            tl.minimum(z[1], last[1] + (slab1 + W[1] - (AXES[3] - 1))),
+            tl.minimum(z[2], last[2] + (slab2 + W[2] - (AXES[6] - 1))),
+        )
+        z = (tl.maximum(z[0], f[0]), tl.maximum(z[1], f[1]), tl.maximum(z[2], f[2]))
+    at = f
+    acc = tl.zeros([M, BD], tl.float32)
+    table = tl.zeros([SIZE], tl.float32)
+    for _ in tl.range(count_boxes(f, z, TK)):
+        p = places(at, 1, TK)
+        k = load_box(k_ptr, ks, at, g, G, d, 1, TK, D, BD)
+        v = load_box(v_ptr, vs, at, g, G, d, 1, TK, DV, BDV)
+        s = dot_nt(q, k, PREC) * scale
+        if HAS_BIAS:
+            s += gather_bias(bias_ptr, bias_column(p, AXES)[None, :] - q_bias[:, None], INLINE)
+        s -= lse[:, None]
+        if not seen_whole(at, TK, u, last, G, AXES):
+            s = tl.where(sees(p, first, end, pairs(TQ, TK)), s, float("-inf"))
+        ds = tl.exp2(s) * (dot_nt(do, v, PREC) - delta[:, None])
+        if WANT_QUERY:
+            acc = dot_add(ds.to(k.dtype), k, acc, PREC)
+        if WANT_TABLE:
+            origin = (
+                at[0] - u[0] + (AXES[0] - 1) - slab0,
+                at[1] - u[1] + (AXES[3] - 1) - slab1,
+                at[2] - u[2] + (AXES[6] - 1) - slab2,
+            )
+            table += table_sums(tl.where(inside[:, None], ds, 0.0), origin, 1, TQ, TK, W)
+        at = next_box(at, f, z, TK)
+    if WANT_QUERY:
+        store_rows(dq_ptr + base * D, row * D, acc * (scale * LN2), inside, D, BD)
+    if WANT_TABLE:
+        tl.store(table_ptr + tl.arange(0, SIZE), table)

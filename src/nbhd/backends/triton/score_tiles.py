@@ -1,0 +1,174 @@
+"""A tile of scores inside a kernel: products, masks, the relative position bias and the sums that are its gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nbhd.backends.triton.tiles import INTERPRETED
+
+#: A running maximum before any key is seen: finite, so that nothing becomes inf - inf.
+LOW = tl.constexpr(-1.0e30)
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def operand(x):
+    if INTERPRETED:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def dot(a, b, PREC: tl.constexpr):
+    """``a [.., m, c]`` times ``b [.., c, n]``, in float32."""
+    return tl.dot(operand(a), operand(b), input_precision=PREC)
+
+
+@triton.jit
+def dot_add(a, b, total, PREC: tl.constexpr):
+    return tl.dot(operand(a), operand(b), total, input_precision=PREC)
+
+
+@triton.jit
+def dot_nt(a, b, PREC: tl.constexpr):
+    """``a [.., m, c]`` times the transpose of ``b [.., n, c]``."""
+    if len(a.shape) == 3:
+        return dot(a, tl.permute(b, (0, 2, 1)), PREC)
+    else:
+        return dot(a, tl.trans(b), PREC)
+
+
+@triton.jit
+def _sees_axis(ok, p, first, end, PAIRS: tl.constexpr):
+    if PAIRS > 1:
+        t = (p >= first) & (p < end)
+        return t if ok is None else ok & t
+    else:
+        return ok
+
+
+@triton.jit
+def sees(p, first, end, PAIRS: tl.constexpr):
+    """``[.., m, n]``: whether the query of a row, which sees ``first`` to ``end``, sees the key of a column.
+
+    PAIRS: queries times keys of a tile along each axis; where it is 1 a query meets its own keys and nothing is tested.
+    """
+    ok = _sees_axis(None, tl.expand_dims(p[2], -2), tl.expand_dims(first[2], -1), tl.expand_dims(end[2], -1), PAIRS[2])
+    ok = _sees_axis(ok, tl.expand_dims(p[1], -2), tl.expand_dims(first[1], -1), tl.expand_dims(end[1], -1), PAIRS[1])
+    return _sees_axis(ok, tl.expand_dims(p[0], -2), tl.expand_dims(first[0], -1), tl.expand_dims(end[0], -1), PAIRS[0])
+
+
+@triton.jit
+def seen_by(p, first, end, PAIRS: tl.constexpr):
+    """The same with keys as rows and queries as columns."""
+    ok = _sees_axis(None, tl.expand_dims(p[2], -1), tl.expand_dims(first[2], -2), tl.expand_dims(end[2], -2), PAIRS[2])
+    ok = _sees_axis(ok, tl.expand_dims(p[1], -1), tl.expand_dims(first[1], -2), tl.expand_dims(end[1], -2), PAIRS[1])
+    return _sees_axis(ok, tl.expand_dims(p[0], -1), tl.expand_dims(first[0], -2), tl.expand_dims(end[0], -2), PAIRS[0])
+
+
+@triton.jit
+def gather_bias(ptr, index, INLINE: tl.constexpr):
+    """``ptr[index]`` of a padded table: no index leaves it.
+
+    A ``tl.load`` would be laid out for coalescing and drag the whole softmax, or a copy of it, out of the layout of the
+    matrix product (seven times the instructions). Inline assembly is elementwise: the scores' layout reaches the
+    addresses.
+    """
+    if INLINE:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [(ptr + index).to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.load(ptr + index)
+
+
+@triton.constexpr_function
+def bias_padding(axes: tuple[int, ...], tq: tuple[int, ...], tk: tuple[int, ...]) -> int:
+    """Elements before and after the table of a head that masked pairs of a tile may reach."""
+    rows = tq[0] + tk[0] + axes[1]
+    planes = rows * (2 * axes[3] - 1) + tq[1] + tk[1] + axes[4]
+    return planes * (2 * axes[6] - 1) + tq[2] + tk[2] + axes[7]
+
+
+@triton.constexpr_function
+def bias_size(axes: tuple[int, ...]) -> int:
+    """Entries of the table of a head."""
+    return (2 * axes[0] - 1) * (2 * axes[3] - 1) * (2 * axes[6] - 1)
+
+
+@triton.constexpr_function
+def pairs(tq: tuple[int, ...], tk: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a * b for a, b in zip(tq, tk, strict=True))
+
+
+@triton.jit
+def bias_row(y, AXES: tl.constexpr):
+    """What a query at places ``y`` subtracts from :func:`bias_column` of a key: the index is linear in both."""
+    T1: tl.constexpr = 2 * AXES[3] - 1
+    T2: tl.constexpr = 2 * AXES[6] - 1
+    return ((y[0] - (AXES[0] - 1)) * T1 + (y[1] - (AXES[3] - 1))) * T2 + (y[2] - (AXES[6] - 1))
+
+
+@triton.jit
+def bias_column(p, AXES: tl.constexpr):
+    T1: tl.constexpr = 2 * AXES[3] - 1
+    T2: tl.constexpr = 2 * AXES[6] - 1
+    return (p[0] * T1 + p[1]) * T2 + p[2]
+
+
+@triton.jit
+def pad_table(source, padded, SIZE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr):
+    """The bias of each head in float32 times log2(e), zeros around it: what the kernels gather from."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.program_id(1).to(tl.int64)
+    inside = (i >= PADDING) & (i < SIZE + PADDING)
+    x = tl.load(source + h * SIZE + (i - PADDING), mask=inside, other=0.0).to(tl.float32) * LOG2E
+    tl.store(padded + h * (SIZE + 2 * PADDING) + i, x, mask=i < SIZE + 2 * PADDING)
+
+
+@triton.jit
+def _axis_sums(x, first, W: tl.constexpr):
+    """``x [r, tq, tk]`` -> ``[r, W]``: entry ``w`` sums the pairs with key - query + first == w.
+
+    ``first`` is ``[r]`` or a scalar.
+    """
+    R: tl.constexpr = x.shape[0]
+    TQ: tl.constexpr = x.shape[1]
+    TK: tl.constexpr = x.shape[2]
+    k = tl.arange(0, W)[None, None, :] + tl.arange(0, TQ)[None, :, None] + tl.zeros([R, 1, 1], tl.int32)
+    if len(first.shape) == 1:
+        k = k - first[:, None, None]
+    else:
+        k = k - first
+    found = tl.gather(x, tl.minimum(tl.maximum(k, 0), TK - 1), 2)
+    return tl.sum(tl.where((k >= 0) & (k < TK), found, 0.0), 1)
+
+
+@triton.jit
+def table_sums(
+    ds, first, NB: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Sums of ``ds [m, n]`` (``[NB, m, n]``) over the pairs of equal relative place: ``[W2 * W1 * W0]``.
+
+    Entry w of an axis takes the pairs with index of key - index of query + first == w, others are dropped. One axis at
+    a time, by gathers inside the program: exact, no atomics. ``first[0]`` is ``[NB]`` where NB > 1.
+    """
+    x = tl.reshape(ds, (NB, TQ[0], TQ[1], TQ[2], TK[0], TK[1], TK[2]))
+    x = tl.permute(x, (0, 1, 4, 2, 5, 3, 6))
+    x = tl.reshape(x, (NB * TQ[0] * TK[0] * TQ[1] * TK[1], TQ[2], TK[2]))
+    if TQ[2] * TK[2] > 1 or W[2] > 1:
+        x = _axis_sums(x, first[2], W[2])
+    if TQ[1] * TK[1] > 1 or W[1] > 1:
+        x = tl.permute(tl.reshape(x, (NB * TQ[0] * TK[0], TQ[1], TK[1], W[2])), (0, 3, 1, 2))
+        x = _axis_sums(tl.reshape(x, (NB * TQ[0] * TK[0] * W[2], TQ[1], TK[1])), first[1], W[1])
+    x = tl.permute(tl.reshape(x, (NB, TQ[0], TK[0], W[2] * W[1])), (0, 3, 1, 2))
+    x = tl.reshape(x, (NB * W[2] * W[1], TQ[0], TK[0]))
+    if NB > 1:
+        each = tl.reshape(tl.broadcast_to(first[0][:, None], (NB, W[2] * W[1])), (NB * W[2] * W[1],))
+        x = tl.reshape(_axis_sums(x, each, W[0]), (NB, W[2] * W[1] * W[0]))
+        return tl.sum(x, 0)
+    else:
+        return tl.reshape(_axis_sums(x, first[0], W[0]), (W[2] * W[1] * W[0],))

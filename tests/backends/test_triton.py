@@ -1,0 +1,241 @@
+"""The GPU kernels without a GPU: under Triton's interpreter against the reference in float64, and ahead of time.
+
+Each group of ``triton_runs`` runs in a process of its own, where the kernels are interpreted on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nbhd import backends, na2d
+from nbhd.backends import Call, triton
+from nbhd.backends.triton import boxes, configurations
+from nbhd.errors import BackendError
+from nbhd.geometry import Neighborhood
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    triton.why_unusable() is not None, reason=f"needs Triton, which has wheels for Linux alone: {triton.why_unusable()}"
+)
+
+
+def process(*arguments: str, interpret: bool) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@functools.cache
+def group(name: str) -> dict[str, dict]:
+    lines = process("-W", "error", "-m", "tests.backends.triton_runs", name, interpret=True).splitlines()
+    found = [json.loads(line) for line in lines]
+    assert found
+    return {each.pop("name"): each for each in found}
+
+
+def check_errors(name: str, errors: dict[str, list[float]], dtype: torch.dtype) -> None:
+    """No worse than twice plain PyTorch in the same dtype, or a few roundings where that is exact."""
+    unit = torch.finfo(dtype).eps
+    assert errors
+    for which, (rms, most, plain_rms, plain_most) in errors.items():
+        assert rms <= 2 * plain_rms + 4 * unit, (name, which)
+        assert most <= 4 * plain_most + 16 * unit, (name, which)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["fused", "unfused", "short", "overflow"])
+def test_results_and_every_gradient_match_the_reference(name):
+    for case, found in group(name).items():
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.rpartition("-")[2], torch.float32)
+        check_errors(case, found["errors"], dtype)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_row_of_the_table_is_right():
+    found = group("rows")
+    for row in configurations.rows():
+        check_errors(row.id, found[row.id]["errors"], torch.float16 if row.bits == 16 else torch.float32)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_strides_images_slabs_and_wide_offsets():
+    found = group("layouts")
+    check_errors("slabs", found.pop("slabs")["errors"], torch.float32)
+    assert len(found) == 8
+    for name, each in found.items():
+        assert all(each["same"]), name
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_autograd_compile_and_no_waiting_for_the_device():
+    found = group("framework")
+    seen = set(found["operations"]["seen"])
+    waiting = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "_to_cpu"}
+    assert not {name for name in seen if name.split(".")[1] in waiting}
+    assert all(found["compiled"]["same"]) and all(found["autograd"]["close"]) and all(found["weights"]["close"])
+
+
+@needs_triton
+def test_intervals_in_the_kernels_are_those_of_the_geometry_tables():
+    found = group("geometry")["intervals"]
+    assert found["wrong"] == [] and found["count"] > 300
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_exactly_the_boxes_that_are_needed_are_visited():
+    found = dict(group("visits"))
+    dots = found.pop("dots")
+    assert dots["found"] == dots["want"]  # by the number of matrix products of the real kernels
+    assert len(found) == 12
+    for name, each in found.items():
+        assert each["wrong"] == 0 and each["distinct"] and each["positions"] == each["tokens"], name
+        assert each["visited"] == each["counted"], name
+    waste = {name: each["waste"] for name, each in found.items()}
+    # pairs visited over pairs that see each other, exact
+    assert waste["nat"] == pytest.approx(45 * 32 * 32 / (13 * 20 * 49))
+    assert waste["causal"] == pytest.approx(18 * 8 * 4 / (40 * 9 - 36))
+
+
+def axes(kernel_size, spatial, stride=None, dilation=None, is_causal=None):
+    n = len(kernel_size)
+    neighborhood = Neighborhood(
+        kernel_size, stride or (1,) * n, dilation or (1,) * n, is_causal or (False,) * n
+    )  # fmt: skip
+    return boxes.axes_of(neighborhood, spatial)
+
+
+def problem(kernel, kernel_size, spatial, *, bits=16, dim=32, bias=False, **rest):
+    return configurations.Problem(kernel, bits, dim, axes(kernel_size, spatial, **rest), bias)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query", "key"])
+def test_a_new_map_size_takes_the_same_configuration(kernel):
+    chosen = {
+        configurations.ranked(problem(kernel, (7, 7), spatial, bias=True), "hopper", 227 << 10)
+        for spatial in ((56, 56), (28, 28), (14, 14), (8, 9), (224, 1000))
+    }
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize(
+    "vendor, shared",
+    [("cuda", 99 << 10), ("cuda", 163 << 10), ("hopper", 227 << 10), ("hip", 64 << 10), ("xpu", 64 << 10)],
+)
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+def test_there_is_a_configuration_for_every_call(vendor, shared, bits, dim):
+    windows = [
+        ((7, 7), (56, 56)),
+        ((80, 80), (256, 256)),
+        ((2048,), (32768,)),
+        ((18, 24, 24), (30, 48, 80)),
+        ((1, 1), (9, 9)),
+    ]
+    for kernel in configurations.FORMS:
+        for window, spatial in windows:
+            for bias in (False, True):
+                assert configurations.ranked(
+                    problem(kernel, window, spatial, bits=bits, dim=dim, bias=bias), vendor, shared
+                ), (kernel, window)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "window, spatial, most",
+    [
+        ((3, 3), (56, 56), 7.2),
+        ((5, 5), (56, 56), 2.6),
+        ((7, 7), (56, 56), 2.7),
+        ((7, 7), (7, 7), 1.4),
+        ((13, 13), (56, 56), 3.2),
+        ((80, 80), (256, 256), 1.35),
+        ((2048,), (32768,), 1.1),
+        ((18, 24, 24), (30, 48, 80), 1.9),
+        ((5, 5, 5), (16, 32, 32), 7.0),
+    ],
+)
+def test_little_is_visited_in_vain(window, spatial, most):
+    """Pairs visited by the forward over pairs needed, away from borders: arithmetic, not a time."""
+    call = problem("forward", window, spatial, dim=32 if len(window) == 2 and window[0] < 80 else 128)
+    row, tile = configurations.ranked(call, "hopper", 227 << 10)[0]
+    visited = configurations.estimate(row, tile, call) / row.cost
+    assert 1 <= visited <= most
+
+
+def test_nothing_imports_triton():
+    code = """
+import sys, torch, nbhd
+nbhd.na2d(*(torch.zeros(1, 4, 4, 1, 8) for _ in range(3)), 3)
+from nbhd import backends
+from nbhd.backends import triton
+backends.load("triton").why_unusable()
+print("triton" in sys.modules)
+"""
+    assert process("-c", code, interpret=False).strip() == "False"
+
+
+def test_first_for_gpus():
+    assert backends.order("cuda") == ("triton", "reference")
+    assert backends.order("xpu") == ("triton", "reference")
+    assert "triton" not in backends.order("cpu")
+
+
+def call_on(device: str, dtype=torch.float32, dim: int = 8) -> Call:
+    tensor = SimpleNamespace(device=SimpleNamespace(type=device, index=0), dtype=dtype, shape=(1, 5, 5, 2, dim))
+    return Call(tensor, tensor, tensor, None, Neighborhood((3, 3), (1, 1), (1, 1), (False, False)))  # type: ignore[arg-type]
+
+
+def test_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton, "_capability", lambda index: (9, 0))
+    assert triton.why_not(call_on("cuda")) is None
+    assert triton.why_not(call_on("xpu")) is None
+    assert "CUDA, ROCm and XPU" in str(triton.why_not(call_on("cpu")))
+    assert "float64" in str(triton.why_not(call_on("cuda", torch.float64)))
+    assert "256" in str(triton.why_not(call_on("cuda", dim=257)))
+    monkeypatch.setattr(triton, "_capability", lambda index: (7, 5))
+    assert "8.0" in str(triton.why_not(call_on("cuda")))
+    if triton.why_unusable() is None:
+        tensor = torch.zeros(1, 5, 5, 1, 8)
+        with pytest.raises(BackendError, match="CUDA, ROCm and XPU"):
+            na2d(tensor, tensor, tensor, 3, backend="triton")
+
+
+def test_says_what_to_install(monkeypatch):
+    triton.why_unusable.cache_clear()
+    try:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "not installed" in triton.why_unusable() and "PyTorch 2.11" in triton.why_unusable()
+        triton.why_unusable.cache_clear()
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(triton.metadata, "version", lambda name: "3.5.1")
+        assert "3.5.1 is too old, 3.6 is needed" in triton.why_unusable()
+        triton.why_unusable.cache_clear()
+        monkeypatch.setattr(triton.metadata, "version", lambda name: "3.6.0+git1234")
+        assert triton.why_unusable() is None
+    finally:
+        triton.why_unusable.cache_clear()
