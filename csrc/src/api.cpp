@@ -167,6 +167,9 @@ int32_t run(const nbhd_call *call, Entry e) {
         p.axis[a] = Axis{int(c.length[a]), int(c.kernel_size[a]), int(c.dilation[a]), tables.first[a].data(),
                          tables.count[a].data()};
     p.scale = c.scale, p.cache_bytes = cache_bytes();
+    const int64_t elements =
+        c.batch * c.length[0] * c.length[1] * c.length[2] * (c.heads + c.kv_heads) * (c.dim + c.dim_v);
+    p.small = elements * (e.backward ? 2 : 1) * (c.dtype == NBHD_FLOAT64 ? 8 : 4) <= p.cache_bytes;
     for (const Use &u : uses)
         if (u.used(e.part, e.backward)) p.*u.of_problem = tensor(c.*u.of_call);
     if (biased) p.bias = c.rel_pos_bias;

@@ -42,6 +42,7 @@ struct Problem {
     const void *d_lse, *bias;
     void *d_bias;
     int64_t cache_bytes; // that packed keys may take: about a second-level cache
+    bool small;          // the tensors are that small as well: nothing is worth asking for ahead
 
     int queries_per_kv_head() const { return heads / kv_heads; }
     int window() const { return axis[0].kernel * axis[1].kernel * axis[2].kernel; }

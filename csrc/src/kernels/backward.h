@@ -165,7 +165,7 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
         Real *const weights = f.scores + k * tile_scores, *const d_scores = f.d_scores + k * tile_scores;
-        if (has_keys)
+        if (has_keys && !p.small)
             for (int i = 0; i < c.runs; i++)
                 for (int r = 0; r < t.n; r++)
                     prefetch_to_write(v.d_query.at(t.z, t.y + r, c.run[i].x, head), v.d_query.x, c.run[i].n, p.dim);
@@ -318,7 +318,7 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                         const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
                                   x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
                         Ahead queries, keys;
-                        if (!next.next_map || next_map) {
+                        if (!p.small && (!next.next_map || next_map)) {
                             const Map &of = next.next_map ? *next_map : m;
                             queries.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x,
                                         x_end, head, p.dim);

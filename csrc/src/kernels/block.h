@@ -169,7 +169,8 @@ static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int 
 // `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
 static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) {
     const int64_t cache = p.cache_bytes;
-    constexpr int64_t enough_tasks = 16;
+    constexpr int64_t enough_tasks = 16,
+                      least_work = 1 << 21; // products of a cut: what is worth the keys that two of them pack
     Plan plan{};
     plan.maps = p.batch;
     for (int a = 0; a < 3; a++) plan.maps *= p.axis[a].dilation;
@@ -196,7 +197,11 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
     const auto groups = [&] { return (p.kv_heads + plan.heads_per_task - 1) / plan.heads_per_task; };
     while (plan.heads_per_task > 1 && plan.maps * groups() < enough_tasks) plan.heads_per_task /= 2;
     plan.head_groups = groups();
-    const int64_t have = plan.maps * plan.head_groups, wanted = (enough_tasks + have - 1) / have;
+    const int64_t have = plan.maps * plan.head_groups,
+                  places = (int64_t)m.axis[0].length * m.axis[1].length * m.axis[2].length,
+                  work = places * p.window() * (p.dim + p.dim_v) * plan.heads_per_task * p.queries_per_kv_head();
+    int64_t wanted = (enough_tasks + have - 1) / have;
+    if (wanted > work / least_work) wanted = work / least_work;
     for (int a = 0; a < 3 && plan.cuts < wanted; a++) { // the first axis that is long enough, or the longest
         const int least_places[] = {1, 2 * tile_rows, 16 * lanes}, window = 3 * m.axis[a].kernel / 2;
         const int possible = m.axis[a].length / (window > least_places[a] ? window : least_places[a]);
