@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "Measure an image classifier on labelled pictures.",
     "recipes": "List the training recipes.",
     "convert": "Turn an original NAT checkpoint into one for transformers.",
+    "export": "Write a model as ONNX, for torch.export, or compiled.",
     "info": "Say what nbhd can use on this machine.",
 }
 

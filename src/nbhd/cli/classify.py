@@ -32,6 +32,15 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+class Runtime(StrEnum):
+    """What runs the model."""
+
+    torch = "torch"
+    onnx = "onnx"
+    torch_export = "torch-export"
+    aoti = "aoti"
+
+
 _BY_SUFFIX = {".json": Format.json, ".csv": Format.csv, ".parquet": Format.parquet, ".txt": Format.table}
 
 
@@ -43,8 +52,15 @@ def classify(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="FOLDER|HUB_ID", help="The model; by default the one that comes with nbhd."
+            "--model",
+            "-m",
+            metavar="FOLDER|FILE|HUB_ID",
+            help="The model, or a file of nbhd export; by default the one that comes with nbhd.",
         ),
+    ] = None,
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(help="What has to run the model: an error if that takes another file. By default what fits."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, ...; by default the best one here.")
@@ -71,7 +87,9 @@ def classify(
       nbhd classify photos/ 'more/**/*.png' --top-k 1
       nbhd classify photos/ --format json > labels.json
       nbhd classify photos/ --output labels.parquet --model ./my-model --device cuda
+      nbhd classify photos/ --runtime onnx --model nat.onnx
     """
+    _check_runtime(runtime, model)
     if output == "-":
         output = None
     written_as = _choose_format(format, output)
@@ -88,6 +106,8 @@ def classify(
 
     _quieten()
     classifier = Classifier(model, device)
+    if runtime is not None and classifier.runtime != runtime.value:
+        raise ArgumentError(f"--runtime {runtime}: {model} runs in {classifier.runtime}. {_HOW.format(runtime)}")
     results = classifier.stream(inputs, top_k, batch_size)
     # On a terminal the rows of the table themselves show how far the work is.
     if not (output is None and sys.stdout.isatty()):
@@ -106,6 +126,16 @@ def classify(
     if failed:
         note(f"{failed} of {len(inputs)} could not be classified")
         raise typer.Exit(SOME_INPUTS_FAILED)
+
+
+_HOW = "Make a file for it: nbhd export --to {} -o FILE, and name that with --model."
+
+
+def _check_runtime(runtime: Runtime | None, model: str | None) -> None:
+    """Refuse what needs no look into the file."""
+    if runtime not in (None, Runtime.torch) and (model is None or os.path.isdir(model)):
+        named = "the model that comes with nbhd" if model is None else f"the folder {model}"
+        raise ArgumentError(f"--runtime {runtime} runs exported files, not {named}. {_HOW.format(runtime)}")
 
 
 def _choose_format(format: Format | None, output: str | None) -> Format:

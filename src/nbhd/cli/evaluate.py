@@ -35,7 +35,7 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="FOLDER|HUB_ID", help="The model; by default the one that comes with nbhd."
+            "--model", "-m", metavar="FOLDER|FILE|HUB_ID", help="The model; by default the one that comes with nbhd."
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the data, where it has splits.")] = "validation",
@@ -70,17 +70,16 @@ def evaluate(
     from transformers.utils import logging as transformers_logging
 
     from nbhd._files import write_whole
-    from nbhd.tasks.checkpoints import load_classifier
+    from nbhd.tasks.checkpoints import device_for, load_classifier
     from nbhd.tasks.classification.evaluate import evaluate_images, open_for_model
     from nbhd.tasks.datasets import first_rows
-    from nbhd.tasks.devices import resolve_device
 
     as_json = format is Format.json or (format is None and output is not None and output.suffix == ".json")
     if output is not None and not output.parent.is_dir():
         raise FileError(f"--output {output}: the folder {output.parent} does not exist. Create it first.")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    loaded = load_classifier(model, resolve_device(device))
+    loaded = load_classifier(model, device_for(model, device))
     table = open_for_model(loaded, data, split, image_column=image_column, label_column=label_column)
     result = evaluate_images(
         loaded,

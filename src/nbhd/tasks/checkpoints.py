@@ -113,7 +113,9 @@ def _exported(path: Path) -> Loaded:
     if model.facts.task != "image-classification":
         raise CheckpointError(f"{path} is no classifier: it was exported for {model.facts.task}.")
     if model.facts.channels != 3:
-        raise CheckpointError(f"{path} wants pictures of {model.facts.channels} channels, but pictures are read as RGB.")
+        raise CheckpointError(
+            f"{path} wants pictures of {model.facts.channels} channels, but pictures are read as RGB."
+        )
     return Loaded(model, model.processor(), path, model.kind)
 
 
@@ -130,8 +132,10 @@ def model_folder(model: str | os.PathLike[str] | None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"model {name!r} is a file. Name the folder that holds config.json and the weights,"
-            " or a file that `nbhd export` wrote (.onnx, .pt2).")
+        raise CheckpointError(
+            f"model {name!r} is a file. Name the folder that holds config.json and the weights,"
+            " or a file that `nbhd export` wrote (.onnx, .pt2)."
+        )
     if not _HUB_ID.fullmatch(name) or ".." in name:
         raise CheckpointError(f"model {name!r}: there is no such folder.")
     return _download(name)

@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from nbhd.errors import ArgumentError, NbhdError
-from nbhd.tasks.checkpoints import load_classifier
+from nbhd.tasks.checkpoints import device_for, load_classifier
 from nbhd.tasks.classification.results import Classification, Score
-from nbhd.tasks.devices import resolve_device
 from nbhd.tasks.images import ImageError, decode_image
 from nbhd.tasks.inputs import Input
 
@@ -45,8 +44,9 @@ class Classifier:
     """An image classifier: a checkpoint, its image processing, its labels.
 
     Args:
-        model: a folder, a Hugging Face hub id, or None for the checkpoint that comes with nbhd.
-        device: such as ``"cpu"``, ``"cuda:1"``, ``"mps"``; None takes the best one here.
+        model: a folder, a file that ``nbhd export`` wrote, a Hugging Face hub id, or None for the checkpoint that comes
+            with nbhd.
+        device: such as ``"cpu"``, ``"cuda:1"``, ``"mps"``; None takes the best one here. Exported files run on the CPU.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -60,11 +60,12 @@ class Classifier:
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, device: str | torch.device | None = None) -> None:
-        self.device = resolve_device(device)
+        self.device = device_for(model, device)
         loaded = load_classifier(model, self.device)
         self.model = loaded.model
         self.processor = loaded.processor
         self.source = loaded.source
+        self.runtime = loaded.runtime
         config = self.model.config
         self.labels = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
         #: One label does not exclude another, so that each gets a sigmoid instead of all a softmax.

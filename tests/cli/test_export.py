@@ -1,0 +1,149 @@
+"""``nbhd export``, and ``nbhd classify`` and ``evaluate`` on what it wrote."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import nbhd
+from tests.pictures import noise
+from tests.tiny import LABELS
+
+pytest.importorskip("onnx", reason="the extra export is not installed")
+pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tiny_model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "tiny.onnx"
+    run = nbhd("export", tiny_model, "--to", "onnx", "-o", path)
+    assert (run.exit_code, run.stdout) == (0, f"{path}\n"), run.stderr
+    assert "any size" in run.stderr
+    return path
+
+
+def _results(*args: object) -> list[dict]:
+    run = nbhd("classify", *args, "--format", "json")
+    assert run.exit_code == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_real_photographs_are_classified_as_by_pytorch(onnx_file, tiny_model):
+    """Labels and preprocessing come from the file: nothing else of the model is there."""
+    expected = _results(PHOTOS, "--model", tiny_model)
+    found = _results(PHOTOS, "--model", onnx_file, "--runtime", "onnx")
+    assert len(found) == len(list(PHOTOS.iterdir()))
+    for one, other in zip(found, expected, strict=True):
+        assert [p["label"] for p in one["predictions"]] == [p["label"] for p in other["predictions"]]
+        for mine, theirs in zip(one["predictions"], other["predictions"], strict=True):
+            assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
+            assert mine["label"] in LABELS
+
+
+def test_it_is_evaluated_as_the_model_is(onnx_file, tiny_model, tmp_path):
+    for i, label in enumerate(LABELS[:3]):
+        folder = tmp_path / "data" / "validation" / label
+        folder.mkdir(parents=True)
+        for j in range(2):
+            noise(64, 60, seed=10 * i + j).save(folder / f"{j}.png")
+    runs = [
+        nbhd("evaluate", "--data", tmp_path / "data", "--model", model, "--format", "json")
+        for model in (onnx_file, tiny_model)
+    ]
+    assert [run.exit_code for run in runs] == [0, 0], runs[0].stderr
+    mine, theirs = (json.loads(run.stdout) for run in runs)
+    assert mine["confusion"] == theirs["confusion"]
+    assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_int8_calibrated_on_pictures_names_those_that_fail(tiny_model, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        noise(70, 60, seed=i).save(pictures / f"{i}.png")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    output = tmp_path / "int8.onnx"
+    args = ("export", tiny_model, "--to", "onnx", "--size", "56", "--int8", "--calibrate", pictures, "-o", output)
+    run = nbhd(*args)
+    assert run.exit_code == 1
+    assert "broken.png" in run.stderr
+    assert "56x56" in run.stderr
+    assert _results(PHOTOS / "church.jpg", "--model", output)[0]["predictions"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--to", "onnx", "-o", "a.pt2"), "ends in .onnx"),
+        (("--to", "aoti", "-o", "a.onnx"), "ends in .pt2"),
+        (("--to", "aoti", "-o", "a.pt2", "--int8"), "--int8 is for --to onnx"),
+        (("--to", "onnx", "-o", "a.onnx", "--calibrate", "."), "--calibrate goes with --int8"),
+        (("--to", "onnx", "-o", "a.onnx", "--standalone"), "--standalone is for .pt2 files"),
+        (("--to", "onnx", "-o", "a.onnx", "--size", "large"), "--size must be pixels"),
+        (("--to", "onnx", "-o", "a.onnx", "--size", "0x5"), "--size must be pixels"),
+        (("--to", "onnx", "-o", "nowhere/a.onnx"), "does not exist"),
+        (("--to", "onnx", "-o", "folder.onnx"), "this is a folder"),
+        (("--to", "onnx", "-o", "a.onnx", "--part", "features", "--stages", "stage1"), "--stages goes with"),
+        (("./nowhere", "--to", "onnx", "-o", "a.onnx"), "there is no such folder"),
+        (("--to", "onnx", "-o", "a.onnx", "--stages", "stage9"), "stage9"),
+        (("--to", "tflite", "-o", "a.tflite"), "tflite"),
+        (("--to", "onnx", "-o", "a.onnx", "--int8", "--calibrate", "empty"), "no files in this folder"),
+    ],
+)
+def test_wrong_calls_say_why_and_write_nothing(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "empty").mkdir()
+    run = nbhd("export", *args)
+    assert run.exit_code == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "folder.onnx"]
+
+
+def test_an_exported_file_is_not_exported_again(onnx_file, tmp_path):
+    run = nbhd("export", onnx_file, "--to", "onnx", "-o", tmp_path / "again.onnx")
+    assert run.exit_code == 2
+    assert "an exported file already" in run.stderr
+
+
+def test_a_file_that_computes_something_else_is_not_written(tiny_model, tmp_path, monkeypatch):
+    from nbhd.export import check
+
+    monkeypatch.setattr(check, "largest_difference", lambda *args: float("nan"))
+    monkeypatch.setattr("nbhd.export.export", lambda model, path, *args, **rest: path.write_bytes(b"x"))
+    monkeypatch.setattr("nbhd.export.open_exported", lambda path: None)
+    run = nbhd("export", tiny_model, "--to", "onnx", "-o", tmp_path / "a.onnx")
+    assert run.exit_code == 2
+    assert "was not written" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_runtimes_that_do_not_fit_the_model(onnx_file, tiny_model, monkeypatch):
+    for args, message in (
+        ((PHOTOS, "--runtime", "onnx"), "--runtime onnx runs exported files, not the model that comes with nbhd"),
+        ((PHOTOS, "--runtime", "aoti", "--model", tiny_model), "not the folder"),
+        ((PHOTOS, "--runtime", "torch", "--model", onnx_file), "runs in onnx"),
+        ((PHOTOS, "--model", onnx_file, "--device", "meta"), "device 'meta'"),
+    ):
+        run = nbhd("classify", *args)
+        assert run.exit_code == 2, args
+        assert message in run.stderr
+        assert run.stdout == ""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    run = nbhd("classify", PHOTOS, "--model", onnx_file)
+    assert run.exit_code == 2
+    assert "nbhd[export]" in run.stderr
+
+
+def test_a_damaged_file_is_named(tmp_path, onnx_file):
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(onnx_file.read_bytes()[:4000])
+    run = nbhd("classify", PHOTOS, "--model", path)
+    assert run.exit_code == 2
+    assert "cut.onnx is not an exported model" in run.stderr
