@@ -67,37 +67,39 @@ static void add_run(ColumnTile &t, const GroupAxis &a, int x, int n, int lane, i
     }
 }
 
-static ColumnTile empty_tile(const GroupAxis &a, Keys keys, int x, int origin) {
-    ColumnTile t{};
-    for (int l = 0; l < lanes; l++) t.lane_x[l] = x;
-    t.keys = keys, t.origin = origin, t.count = Index{} + a.kernel;
-    return t;
-}
-
-// The tile that begins at x; it covers n queries from there. `last`: a permuted tile may save one or two at the end.
-static ColumnTile column_tile(const GroupAxis &a, int x, int x_end, int key_origin, bool last) {
+// What the tile that begins at x will be: n queries from there. `last`: a permuted tile may save one or two at the end.
+struct TileKind {
+    Keys keys;
+    int x, n;
+};
+static TileKind tile_kind(const GroupAxis &a, int x, int x_end, bool last) {
     const int shared = run_length(a, x, x_end, 0), sliding = run_length(a, x, x_end, 1),
               most = shared > sliding ? shared : sliding;
-    int permuted = 1; // the permute reaches lanes - 1 keys past lane 0's
+    int permuted = most; // the permute reaches lanes - 1 keys past lane 0's
     while (permuted < lanes && x + permuted < x_end && a.first[x + permuted] - a.first[x] < lanes) permuted++;
-    const bool saves = permuted > 2 * most || (last && permuted > most && x + permuted == x_end);
-    const Keys keys = saves ? Keys::permuted : sliding >= shared ? Keys::sliding : Keys::shared;
-    ColumnTile t = empty_tile(a, keys, x, a.first[x] - key_origin);
-    add_run(t, a, x, keys == Keys::permuted ? permuted : most, 0, 1, key_origin);
-    return t;
+    if (permuted > 2 * most || (last && permuted > most && x + permuted == x_end)) return {Keys::permuted, x, permuted};
+    return {sliding >= shared ? Keys::sliding : Keys::shared, x, most};
+}
+
+static void start_tile(ColumnTile &t, const GroupAxis &a, Keys keys, int x, int key_origin) {
+    t = ColumnTile{};
+    for (int l = 0; l < lanes; l++) t.lane_x[l] = x;
+    t.keys = keys, t.origin = a.first[x] - key_origin, t.count = Index{} + a.kernel;
+}
+static void make_tile(ColumnTile &t, const GroupAxis &a, TileKind kind, int key_origin) {
+    start_tile(t, a, kind.keys, kind.x, key_origin);
+    add_run(t, a, kind.x, kind.n, 0, 1, key_origin);
 }
 
 // Joins two shared tiles of at most half a vector each. Not where windows are so long that the second copy of keys would weigh.
-static bool can_pair(const ColumnTile &a, const ColumnTile &b, int kernel) {
-    return a.keys == Keys::shared && b.keys == Keys::shared && a.n <= lanes / 2 && b.n <= lanes / 2 &&
-           kernel <= 4 * lanes;
+static bool can_pair(TileKind t, int kernel) {
+    return t.keys == Keys::shared && t.n <= lanes / 2 && kernel <= 4 * lanes;
 }
-static ColumnTile paired(const GroupAxis &axis, const ColumnTile &a, const ColumnTile &b, int key_origin) {
-    ColumnTile t = empty_tile(axis, Keys::paired, a.run[0].x, a.origin);
-    t.pair_origin[0] = a.origin, t.pair_origin[1] = b.origin;
-    add_run(t, axis, a.run[0].x, a.n, 0, 2, key_origin);
-    add_run(t, axis, b.run[0].x, b.n, 1, 2, key_origin);
-    return t;
+static void make_pair(ColumnTile &t, const GroupAxis &a, TileKind one, TileKind other, int key_origin) {
+    start_tile(t, a, Keys::paired, one.x, key_origin);
+    t.pair_origin[0] = t.origin, t.pair_origin[1] = a.first[other.x] - key_origin;
+    add_run(t, a, one.x, one.n, 0, 2, key_origin);
+    add_run(t, a, other.x, other.n, 1, 2, key_origin);
 }
 
 struct ColumnTiles {
@@ -107,28 +109,44 @@ struct ColumnTiles {
 // Tiles of the queries [x, x_end); with no array only counts.
 static ColumnTiles make_column_tiles(const GroupAxis &a, int x, int x_end, int key_origin, ColumnTile *tiles) {
     ColumnTiles c{0, 1, 0};
-    ColumnTile waiting; // a shared tile that looks for a partner
+    TileKind waiting{}; // a shared tile that looks for a partner
     bool waits = false;
     int common = -1; // bias column of the sliding tiles
-    const auto put = [&](ColumnTile t) {
-        if (common < 0 && t.keys == Keys::sliding && !t.masked) common = t.lane_column[0];
-        if (t.keys != Keys::sliding || t.masked || t.lane_column[0] != common) t.bias_set = c.sets++;
-        if (t.keys == Keys::paired) t.pair = c.pairs++;
-        if (tiles) tiles[c.n] = t;
+    // Whether the tile needs tables of its own for the bias.
+    const auto number = [&](TileKind t, bool paired) {
+        bool masked = false;
+        for (int i = 0; i < t.n; i++) masked |= a.count[t.x + i] < a.kernel;
+        const int column = a.first[t.x] - t.x + a.kernel - 1;
+        const bool sliding = t.keys == Keys::sliding && !masked && !paired;
+        if (sliding && common < 0) common = column;
+        ColumnTile *const to = tiles ? tiles + c.n : nullptr;
+        if (!sliding || column != common) {
+            if (to) to->bias_set = c.sets;
+            c.sets++;
+        }
+        if (paired) {
+            if (to) to->pair = c.pairs;
+            c.pairs++;
+        }
         c.n++;
     };
     while (x < x_end) {
-        const ColumnTile t = column_tile(a, x, x_end, key_origin, !waits);
-        x += t.n;
-        if (!can_pair(t, t, a.kernel)) {
-            put(t);
+        const TileKind kind = tile_kind(a, x, x_end, !waits);
+        x += kind.n;
+        if (!can_pair(kind, a.kernel)) {
+            if (tiles) make_tile(tiles[c.n], a, kind, key_origin);
+            number(kind, false);
         } else if (waits) {
-            put(paired(a, waiting, t, key_origin)), waits = false;
+            if (tiles) make_pair(tiles[c.n], a, waiting, kind, key_origin);
+            number(waiting, true), waits = false;
         } else {
-            waiting = t, waits = true;
+            waiting = kind, waits = true;
         }
     }
-    if (waits) put(waiting);
+    if (waits) {
+        if (tiles) make_tile(tiles[c.n], a, waiting, key_origin);
+        number(waiting, false);
+    }
     return c;
 }
 

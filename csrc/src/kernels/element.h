@@ -61,18 +61,58 @@ NBHD_INLINE void store(Float16 *p, Vec v) {
 }
 #endif
 
-// The first n < lanes elements; the others read as zero and are not written.
+// The first n < lanes elements; the others read as zero and are not written. A loop over n, or a memcpy of n, would be a call.
+NBHD_INLINE Index first_lanes(int n) {
+    Index lane;
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; l++) lane[l] = l;
+    return lane < Index{} + n;
+}
+NBHD_INLINE Vec load_part(const Real *p, int n) {
+#if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
+    if constexpr (is_double) return (Vec)_mm512_maskz_loadu_pd((__mmask8)((1 << n) - 1), p);
+    else return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
+#elif defined(__AVX2__) && NBHD_VECTOR_BYTES == 32
+    if constexpr (is_double) return (Vec)_mm256_maskload_pd((const double *)p, (__m256i)first_lanes(n));
+    else return (Vec)_mm256_maskload_ps((const float *)p, (__m256i)first_lanes(n));
+#else
+    Vec v{};
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes - 1; l++)
+        if (l < n) v[l] = p[l];
+    return v;
+#endif
+}
+NBHD_INLINE void store_part(Real *p, Vec v, int n) {
+#if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
+    if constexpr (is_double) _mm512_mask_storeu_pd(p, (__mmask8)((1 << n) - 1), (__m512d)v);
+    else _mm512_mask_storeu_ps(p, (__mmask16)((1 << n) - 1), (__m512)v);
+#elif defined(__AVX2__) && NBHD_VECTOR_BYTES == 32
+    if constexpr (is_double) _mm256_maskstore_pd((double *)p, (__m256i)first_lanes(n), (__m256d)v);
+    else _mm256_maskstore_ps((float *)p, (__m256i)first_lanes(n), (__m256)v);
+#else
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes - 1; l++)
+        if (l < n) p[l] = v[l];
+#endif
+}
+#if !NBHD_DOUBLE
 template <class T>
 NBHD_INLINE Vec load_part(const T *p, int n) {
     T buffer[lanes] = {};
-    memcpy(buffer, p, n * sizeof(T));
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes - 1; l++)
+        if (l < n) buffer[l] = p[l];
     return load(buffer);
 }
 template <class T>
 NBHD_INLINE void store_part(T *p, Vec v, int n) {
     T buffer[lanes];
     store(buffer, v);
-    memcpy(p, buffer, n * sizeof(T));
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes - 1; l++)
+        if (l < n) p[l] = buffer[l];
 }
+#endif
 
 } // namespace nbhd::NBHD_ISA

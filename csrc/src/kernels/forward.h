@@ -28,8 +28,7 @@ struct ForwardBuffers {
 static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, ColumnTile *&tiles) {
     const ColumnTiles n = make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], nullptr);
     tiles = arena.take<ColumnTile>(n.n);
-    if (tiles) make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], tiles);
-    return n;
+    return tiles ? make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], tiles) : n;
 }
 
 // Column tiles of a strip, for which queries lie in the first-level cache, and scores too or, of long windows, in the second.
