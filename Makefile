@@ -7,6 +7,8 @@
 #   make native   the C++ core alone, with its tests (make sanitize: the same under sanitizers)
 #   make wheel    the wheel and the source distribution, in dist/
 #   make bench    time the operator against its peers
+#   make gpu-check  on a GPU: are its kernels right, and how fast; one JSON in under ten minutes
+#   make gpu-tune   on a GPU: time the kernels' configurations and keep the fastest
 #
 # PYTHON names the interpreter (3.11 or newer), TORCH what to install as PyTorch, such as TORCH=torch==2.14.1.
 
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-floor test-hf check native sanitize wheel bench format clean
+.PHONY: demo test test-floor test-hf check native sanitize wheel bench gpu-check gpu-tune gpu-code format clean
 
 demo: $(VENV)/.base
 	$(BIN)/nbhd classify examples/photos
@@ -59,6 +61,18 @@ wheel: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# These run with the PyTorch that the machine's GPU needs, so in an environment that is already there: GPU_PYTHON.
+GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+gpu-tune:
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu_tune --write $(ARGS)
+
+# The machine code of the GPU kernels, for real targets without a GPU: docs/gpu.md has the table.
+gpu-code: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu_compile --write
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

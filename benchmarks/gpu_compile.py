@@ -1,0 +1,197 @@
+"""The table of machine code: every row of the GPU kernels' configurations, compiled for real targets without a GPU.
+
+    python -m benchmarks.gpu_compile                    compile, print, exit 1 where one spills or does not fit
+    python -m benchmarks.gpu_compile --only 'forward*'  some rows (globs over id or kernel)
+    python -m benchmarks.gpu_compile --write            keep the results: benchmarks/results/gpu-code.json, the table in
+                                                        docs/gpu.md, shared memory in the table of configurations
+
+Needs Triton, on Linux. About 10 minutes the first time on one core; Triton keeps what it compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case
+from nbhd._files import write_json, write_whole
+from nbhd.backends.triton import configurations
+from nbhd.backends.triton.configurations import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu-code.json"
+PAGE = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- gpu-code -->", "<!-- /gpu-code -->"
+
+#: The window each kernel is compiled with: registers hardly depend on it.
+WINDOWS = {"forward_once": (7, 7), "query_once": (7, 7)}
+OTHER_WINDOW = (13, 13)
+LARGE_WINDOW = (33, 33)  # rows of 128 queries
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compilation: a row, a kind of launch, with or without a bias, how float32 is multiplied."""
+
+    row: Row
+    kind: str
+    has_bias: bool
+    precision: str
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.row.id, self.kind, *["bias"] * self.has_bias, *[self.precision] * (self.row.bits == 32)])
+
+    @property
+    def case(self) -> Case:
+        large = self.row.queries * self.row.keys >= 128 * 64 and self.row.count == 1
+        window = WINDOWS.get(self.row.kernel, LARGE_WINDOW if large else OTHER_WINDOW)
+        return Case(
+            self.row.id, spatial=tuple(2 * k + 2 for k in window), heads=2, head_dim=self.row.dim, kernel_size=window,
+            has_bias=self.has_bias, dtype="bfloat16" if self.row.bits == 16 else "float32",
+        )  # fmt: skip
+
+
+#: Kinds of launches that run each kernel.
+KINDS = {
+    "forward_once": ("forward",), "forward_loop": ("forward",), "query_once": ("query",),
+    "query_loop": ("query", "table"), "key_loop": ("key",), "pairs": ("pairs",), "gather": ("gather", "gather-table"),
+    "scatter": ("scatter",),
+}  # fmt: skip
+#: Kinds for which a bias changes nothing, and those that are there for its sake.
+WITHOUT_BIAS = ("gather", "scatter")
+FOR_THE_BIAS = ("table", "gather-table")
+
+
+def lines() -> Iterator[Line]:
+    """What is compiled: everything a row may be asked for."""
+    for row in configurations.rows():
+        for kind in KINDS[row.kernel]:
+            for has_bias in (False, True):
+                if row.bias is not None and row.bias != has_bias:
+                    continue
+                if (kind in WITHOUT_BIAS and has_bias) or (kind in FOR_THE_BIAS and not has_bias):
+                    continue
+                if kind == "table" and row.bias is False:
+                    continue
+                for precision in ("ieee", "tf32") if row.bits == 32 else ("ieee",):
+                    yield Line(row, kind, has_bias, precision)
+
+
+def compile_line(line: Line, target: str) -> Any:
+    """The ``gpu_code.Code`` of a line for a target, or None where the row is not for it."""
+    from benchmarks import gpu_code
+
+    gpu, limits = gpu_code.TARGETS[target]
+    if not configurations.runs_on(line.row, limits.vendor):
+        return None
+    if line.precision == "tf32" and not limits.is_nvidia:
+        return None
+    torch.backends.cuda.matmul.fp32_precision = line.precision
+    for kind, call, launches in gpu_code.plans(line.case, limits):
+        if kind == line.kind:
+            tile = gpu_code.tile_of(kind, call, line.row, line.has_bias)
+            assert tile is not None, line.name
+            return gpu_code.read(gpu_code.compiled(gpu_code.main_launch(launches(line.row, tile)), gpu))
+    raise LookupError(line.name)
+
+
+#: Rows that may spill. Float32 units take all channels of a product in registers, and 256 of them are many.
+MAY_SPILL = ("ql32-256",)
+
+
+def fits(line: Line, code: Any, target: str) -> bool:
+    from benchmarks import gpu_code
+
+    return (code.spilled == 0 or line.row.id in MAY_SPILL) and code.shared <= gpu_code.TARGETS[target][1].shared
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_compile", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*", help="glob over rows' ids and kernels")
+    parser.add_argument("--write", action="store_true", help="keep the results")
+    options = parser.parse_args(arguments)
+    try:
+        import triton
+
+        from benchmarks import gpu_code
+    except ImportError as error:
+        print(f"gpu_compile needs Triton: {error}. Install it on Linux: pip install triton", file=sys.stderr)
+        return 2
+    chosen = [line for line in lines() if any(fnmatchcase(x, options.only) for x in (line.row.id, line.row.kernel))]
+    if options.write and options.only != "*":
+        print("--write keeps the whole table: it goes without --only.", file=sys.stderr)
+        return 2
+    found: dict[str, dict[str, Any]] = {}
+    bad = []
+    for line in chosen:
+        found[line.name] = {}
+        for target in gpu_code.TARGETS:
+            code = compile_line(line, target)
+            if code is None:
+                continue
+            found[line.name][target] = code._asdict()
+            if not fits(line, code, target):
+                bad.append(f"{line.name} on {target}: {code.spilled} bytes spilled, {code.shared} bytes shared")
+            print(f"{line.name:32} {target:7} {_cell(code._asdict())}", flush=True)
+    for each in bad:
+        print(f"does not fit: {each}", file=sys.stderr)
+    if options.write and not bad:
+        write_json(RESULTS, {"triton": triton.__version__, "columns": list(gpu_code.Code._fields), "lines": found})
+        _write_shared(found)
+        _write_page(triton.__version__, found)
+    return 1 if bad else 0
+
+
+def _write_shared(found: dict[str, dict[str, Any]]) -> None:
+    document = json.loads(configurations.PATH.read_text(encoding="utf-8"))
+    for row in document["rows"]:
+        shared: dict[str, int] = {}
+        for name, codes in found.items():
+            if name.split()[0] == row["id"]:
+                for target, code in codes.items():
+                    vendor = "hip" if target.startswith("gfx") else "cuda"
+                    shared[vendor] = max(shared.get(vendor, 0), code["shared"])
+        row["shared"] = shared
+    with write_whole(configurations.PATH, "w") as file:
+        file.write(configurations.as_text(document))
+
+
+def _cell(code: dict[str, Any]) -> str:
+    matrix = ", ".join(f"{count} {name}" for name, count in code["matrix"].items())
+    return f"{code['registers']} / {code['spilled']} / {code['shared'] / 1024:g} / {matrix}"
+
+
+def table(version: str, found: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    targets = list(dict.fromkeys(target for codes in found.values() for target in codes))
+    rows = [
+        f"| {name} | {' | '.join(_cell(codes[t]) if t in codes else '-' for t in targets)} |"
+        for name, codes in found.items()
+    ]
+    head = f"| row, launch | {' | '.join(targets)} |\n|---|{'---|' * len(targets)}"
+    return "\n".join(
+        [f"Triton {version}. Registers / bytes spilled / KiB shared / matrix instructions.", "", head, *rows]
+    )
+
+
+def _write_page(version: str, found: dict[str, dict[str, Any]]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    made = re.sub(
+        f"{BEGIN}.*{END}", f"{BEGIN}\n{table(version, found)}\n{END}".replace("\\", ""), text, flags=re.DOTALL
+    )
+    with write_whole(PAGE, "w") as file:
+        file.write(made)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
