@@ -11,6 +11,7 @@ from nbhd.errors import NbhdError
 if TYPE_CHECKING:
     from nbhd import nn
     from nbhd.functional import apply_attention_weights, attention_weights, na1d, na2d, na3d
+    from nbhd.optimize import optimize_for_inference
 
 __all__ = [
     "NbhdError",
@@ -21,14 +22,17 @@ __all__ = [
     "na2d",
     "na3d",
     "nn",
+    "optimize_for_inference",
 ]
+
+_HOMES = {"nn": "nn", "optimize_for_inference": "optimize"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'nbhd' has no attribute {name!r}")
-    functional = importlib.import_module("nbhd.functional")
-    globals()[name] = found = importlib.import_module("nbhd.nn") if name == "nn" else getattr(functional, name)
+    home = importlib.import_module("nbhd." + _HOMES.get(name, "functional"))
+    globals()[name] = found = home if name == "nn" else getattr(home, name)
     return found
 
 

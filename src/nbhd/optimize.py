@@ -1,0 +1,268 @@
+"""Models made ready to be run and not trained: `optimize_for_inference`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nbhd.errors import ArgumentError
+from nbhd.functional import apply_attention_weights, attention_weights, na2d
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: bfloat16 is taken where a product in it is this many times faster than in float32 on this machine.
+WORTH_IT = 1.2
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was or was not done, and why.
+
+    Attributes:
+        name: ``"evaluation mode"``, ``"fused qkv"``, ``"dtype"`` or ``"compile"``.
+        done: whether the model was changed.
+        reason: in words.
+    """
+
+    name: str
+    done: bool
+    reason: str
+
+
+@dataclass
+class InferenceReport:
+    """What `optimize_for_inference` did; ``print`` shows a line for each step."""
+
+    steps: list[Step] = field(default_factory=list)
+
+    def add(self, name: str, done: bool, reason: str) -> None:
+        """Append a step."""
+        self.steps.append(Step(name, done, reason))
+
+    def __getitem__(self, name: str) -> Step:
+        return next(step for step in self.steps if step.name == name)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{step.name:<16} {'done' if step.done else 'not done':<9} {step.reason}" for step in self.steps
+        )
+
+
+def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto", compile: bool = False) -> Model:
+    """Make a model fast to run, in place.
+
+    Evaluation mode, no gradients; dropout and drop path taken out; the three products for query, key and value of each
+    neighborhood attention fused into one, whose result the operator reads through strided views, without copies.
+
+    Args:
+        model: `NatForImageClassification`, `NatModel`, `NatBackbone`, or any model with one of them inside. What is not
+            of NAT is only put into evaluation mode and, with ``dtype``, converted.
+        dtype: ``torch.bfloat16`` or another floating dtype to convert the model to; ``"auto"`` for bfloat16 where it is
+            measured to be faster on this CPU (a product is timed, once a process), and the dtype it has elsewhere; None
+            leaves it. NAT converts its pixels itself; what stands around a NAT may want them converted.
+        compile: compile the NAT (``torch.compile``, dynamic shapes as it sees fit) at its first call. It takes a C++
+            compiler on the CPU, and minutes for a large model.
+
+    Returns:
+        The same object. ``model.inference_report`` says what was done and what not, and why: ``print`` it.
+
+        Its ``state_dict`` has the keys and shapes it had (query, key and value apart), takes such a one in
+        ``load_state_dict``, and ``save_pretrained`` writes an ordinary checkpoint, in the dtype the model has now. It
+        is not for training any more.
+
+    Raises:
+        ArgumentError: no module, no NAT in it, or a dtype that is none.
+
+    Example:
+        >>> model = nbhd.optimize_for_inference(model, dtype=None)  # doctest: +SKIP
+        >>> print(model.inference_report)  # doctest: +SKIP
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not (dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ArgumentError(f"dtype must be 'auto', None or a floating dtype such as torch.bfloat16, got {dtype!r}.")
+    from nbhd.models import NatPreTrainedModel
+
+    nats: list[nn.Module] = [module for module in model.modules() if isinstance(module, NatPreTrainedModel)]
+    nats = [nat for nat in nats if not any(nat is not other and nat in set(other.modules()) for other in nats)]
+    if not nats:
+        raise ArgumentError(
+            f"model must be or contain a NAT of nbhd.models, got a {type(model).__name__} without one. "
+            "For other models use torch.compile and model.to(dtype) directly."
+        )
+    report = InferenceReport()
+    model.eval().requires_grad_(False)
+    removed = sum(_remove_dropout(nat) for nat in nats)
+    report.add("evaluation mode", True, f"no gradients; {removed} modules of dropout and drop path taken out")
+    fused = sum(_fuse(nat) for nat in nats)
+    report.add(
+        "fused qkv",
+        fused > 0,
+        f"{fused} attentions make query, key and value in one product" if fused else "fused already",
+    )
+    _convert(model, dtype, report)
+    _compile(nats, compile, next(model.parameters()).device, report)
+    model.inference_report = report  # type: ignore[assignment]
+    return model
+
+
+def _remove_dropout(nat: nn.Module) -> int:
+    from nbhd.models.nat.layers import NatDropPath, NeighborhoodAttention
+
+    removed = 0
+    for module in list(nat.modules()):
+        if isinstance(module, NeighborhoodAttention):
+            continue  # replaced as a whole
+        for name, child in list(module.named_children()):
+            if isinstance(child, (nn.Dropout, NatDropPath)):
+                setattr(module, name, nn.Identity())
+                removed += 1
+    return removed
+
+
+def _fuse(nat: nn.Module) -> int:
+    from nbhd.models.nat.layers import NeighborhoodAttention
+
+    fused = 0
+    for module in list(nat.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, NeighborhoodAttention):
+                setattr(module, name, FusedNeighborhoodAttention(child))
+                fused += 1
+    return fused
+
+
+PARTS = ("query", "key", "value")
+
+
+class FusedNeighborhoodAttention(nn.Module):
+    """`nbhd.models.nat.layers.NeighborhoodAttention` with one product for query, key and value; for inference.
+
+    State dicts have ``query``, ``key`` and ``value`` apart, as before.
+
+    Args:
+        attention: the layer to take the weights of.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.num_attention_heads = attention.num_attention_heads
+        self.attention_head_size = attention.attention_head_size
+        self.kernel_size, self.dilation = attention.kernel_size, attention.dilation
+        self.rpb = attention.rpb
+        dim, has_bias = attention.all_head_size, attention.query.bias is not None
+        weight = attention.query.weight
+        self.qkv = nn.Linear(dim, 3 * dim, bias=has_bias, device="meta")
+        for name in ("weight", "bias") if has_bias else ("weight",):
+            joined = torch.cat([getattr(getattr(attention, part), name).detach() for part in PARTS])
+            setattr(self.qkv, name, nn.Parameter(joined, requires_grad=False))
+        assert self.qkv.weight.dtype == weight.dtype
+        self.register_state_dict_post_hook(_split)
+        self.register_load_state_dict_pre_hook(_join)
+        self.train(attention.training)
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """``(B, H, W, dim)`` to the same, and the attention probabilities if asked for."""
+        parts = self.qkv(hidden_states).unflatten(-1, (3, self.num_attention_heads, self.attention_head_size))
+        query, key, value = parts.unbind(-3)  # views: the operator takes them as they lie
+        options: Any = {"dilation": self.dilation}
+        if not output_attentions:
+            return na2d(query, key, value, self.kernel_size, rel_pos_bias=self.rpb, **options).flatten(-2), None
+        weights = attention_weights(query, key, self.kernel_size, rel_pos_bias=self.rpb, **options)
+        context = apply_attention_weights(weights, value, self.kernel_size, **options)
+        return context.flatten(-2), weights.permute(0, 3, 1, 2, 4)
+
+
+def _split(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in ("weight", "bias"):
+        joined = state.pop(f"{prefix}qkv.{name}", None)
+        if joined is not None:
+            for part, tensor in zip(PARTS, joined.chunk(3), strict=True):
+                state[f"{prefix}{part}.{name}"] = tensor.clone()  # files take no tensors that share memory
+
+
+def _join(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name in ("weight", "bias"):
+        keys = [f"{prefix}{part}.{name}" for part in PARTS]
+        if all(key in state for key in keys):
+            state[f"{prefix}qkv.{name}"] = torch.cat([state.pop(key) for key in keys])
+
+
+def _convert(model: nn.Module, dtype: Any, report: InferenceReport) -> None:
+    now = next(model.parameters())
+    if dtype is None:
+        report.add("dtype", False, f"left at {_name(now.dtype)} as asked")
+        return
+    if now.device.type != "cpu":
+        if dtype == "auto":
+            report.add("dtype", False, f"left at {_name(now.dtype)}: not yet measured on {now.device.type}; name one")
+            return
+        gain = None
+    else:
+        gain = bfloat16_gain() if dtype in ("auto", torch.bfloat16) else None
+    measured = "" if gain is None else f"a product in bfloat16 takes {1 / gain:.2g} times float32's time on this CPU"
+    if dtype == "auto":
+        if now.dtype != torch.float32:
+            report.add("dtype", False, f"it is {_name(now.dtype)} already")
+            return
+        if gain is None or gain < WORTH_IT:
+            report.add("dtype", False, f"left at float32: {measured}")
+            return
+        dtype = torch.bfloat16
+    if now.dtype == dtype:
+        report.add("dtype", False, f"it is {_name(dtype)} already")
+        return
+    before = now.dtype  # the parameter itself is converted
+    model.to(dtype)
+    slower = "" if gain is None or gain >= 1 else "; expect it to be slower, though half the size"
+    report.add("dtype", True, f"{_name(before)} to {_name(dtype)}" + (f": {measured}{slower}" if measured else ""))
+
+
+@functools.cache
+def bfloat16_gain() -> float:
+    """How many times faster a product of matrices is in bfloat16 than in float32 on this CPU, measured in this process.
+
+    Above 1 with AVX512-BF16, AMX or Arm's bf16 instructions; far below without. Takes some milliseconds, once.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(256, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        torch.mm(a, b)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with torch.inference_mode():
+        return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def _compile(nats: list[nn.Module], wanted: bool, device: torch.device, report: InferenceReport) -> None:
+    if not wanted:
+        report.add("compile", False, "not asked for")
+        return
+    if device.type == "cpu" and not _has_compiler():
+        report.add("compile", False, "there is no C++ compiler (g++, clang++ or the environment variable CXX)")
+        return
+    for nat in nats:
+        nat.compile()
+    names = ", ".join(sorted({type(nat).__name__ for nat in nats}))
+    report.add("compile", True, f"{names} at the first call, which takes seconds to minutes")
+
+
+def _has_compiler() -> bool:
+    named = os.environ.get("CXX")
+    return any(shutil.which(name) for name in ([named.split()[0]] if named else ["g++", "clang++", "c++", "cl"]))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

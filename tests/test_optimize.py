@@ -1,0 +1,194 @@
+"""Models made for inference compute what they did, save as they did, and say what was done to them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import nbhd
+from nbhd import optimize
+from nbhd.errors import ArgumentError
+from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatModel
+from nbhd.models.nat.layers import NatDropPath
+
+SETTINGS: dict[str, Any] = {
+    "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "kernel_size": 3, "dilations": [[1], [2]], "num_labels": 5,
+    "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "drop_path_rate": 0.5,
+}  # fmt: skip
+
+
+def _model(kind: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = kind(NatConfig(**{**SETTINGS, **options}))
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "rpb" in name:
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+class Around(nn.Module):
+    """A model with a NAT inside, and dropout of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.backbone = _model(NatBackbone, out_features=["stage1", "stage2"], **options)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(self.backbone(pixels).feature_maps[-1]))
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    found = [output[key] for key in output]
+    return [tensor for each in found for tensor in (each if isinstance(each, tuple) else (each,))]
+
+
+KINDS = {
+    "classifier": lambda **options: _model(NatForImageClassification, **options),
+    "model": lambda **options: _model(NatModel, **options),
+    "backbone": lambda **options: _model(NatBackbone, out_features=["stem", "stage2"], **options),
+    "around": Around,
+}
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_computes_what_it_did(kind, qkv_bias):
+    model = KINDS[kind](qkv_bias=qkv_bias).eval()
+    before = copy.deepcopy(model)
+    model.train()
+    assert nbhd.optimize_for_inference(model, dtype=None) is model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for size in ((2, 3, 40, 56), (1, 3, 9, 7)):  # maps smaller than the window, too
+        pixels = torch.randn(size)
+        for found, expected in zip(_tensors(model(pixels)), _tensors(before(pixels)), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_one_product_gives_views_that_the_operator_takes_uncopied(monkeypatch):
+    model = _model(NatModel)
+    nbhd.optimize_for_inference(model, dtype=None)
+    seen = []
+    real = optimize.na2d
+    monkeypatch.setattr(optimize, "na2d", lambda *a, **k: (seen.append(a[:3]), real(*a, **k))[1])
+    model(torch.randn(1, 3, 40, 40))
+    assert len(seen) == 2
+    for query, key, value in seen:
+        assert len({tensor.untyped_storage().data_ptr() for tensor in (query, key, value)}) == 1
+        assert all(tensor.stride(-1) == 1 for tensor in (query, key, value))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) == 2 * (1 + 1 + 2)  # qkv, projection, two of the MLP
+    assert not [module for module in model.modules() if isinstance(module, (nn.Dropout, NatDropPath))]
+
+
+def test_attentions_are_returned_as_before():
+    model = _model(NatModel)
+    before = copy.deepcopy(model)
+    nbhd.optimize_for_inference(model, dtype=None)
+    pixels = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        found, expected = (each(pixels, output_attentions=True).attentions for each in (model, before))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_what_is_around_a_nat_keeps_its_modules():
+    model = Around()
+    nbhd.optimize_for_inference(model, dtype=None)
+    assert isinstance(model.dropout, nn.Dropout)
+
+
+def test_state_dict_and_checkpoints_are_those_of_before(tmp_path):
+    model = _model(NatForImageClassification)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    nbhd.optimize_for_inference(model, dtype=None)
+    state = model.state_dict()
+    assert set(state) == set(before)
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    model.save_pretrained(tmp_path)
+    loaded = NatForImageClassification.from_pretrained(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], before[name]) for name in before)
+
+    changed = {name: tensor + 1 for name, tensor in before.items()}
+    model.load_state_dict(changed)
+    assert all(torch.equal(tensor, changed[name]) for name, tensor in model.state_dict().items())
+
+
+def test_twice_is_once():
+    model = nbhd.optimize_for_inference(_model(NatModel), dtype=None)
+    again = nbhd.optimize_for_inference(model, dtype=None)
+    assert again.inference_report["fused qkv"] == optimize.Step("fused qkv", False, "fused already")
+
+
+@pytest.mark.parametrize(("gain", "dtype"), [(1.9, torch.bfloat16), (0.01, torch.float32)])
+def test_auto_takes_bfloat16_where_it_is_measured_to_be_faster(monkeypatch, gain, dtype):
+    monkeypatch.setattr(optimize, "bfloat16_gain", lambda: gain)
+    model = nbhd.optimize_for_inference(_model(NatForImageClassification))
+    assert model.dtype == dtype
+    step = model.inference_report["dtype"]
+    assert step.done is (dtype == torch.bfloat16)
+    assert "on this CPU" in step.reason
+
+
+def test_bfloat16_stays_close():
+    model = _model(NatForImageClassification)
+    before = copy.deepcopy(model)
+    nbhd.optimize_for_inference(model, dtype=torch.bfloat16)
+    pixels = torch.randn(2, 3, 40, 40)
+    found, expected = model(pixels).logits, before(pixels).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    report = str(model.inference_report)
+    assert "float32 to bfloat16" in report
+    assert ("slower" in report) is (optimize.bfloat16_gain() < 1)
+    assert optimize.bfloat16_gain() > 0
+
+
+@pytest.mark.timeout(600)  # a C++ compiler at work
+def test_it_compiles_to_one_graph():
+    if not optimize._has_compiler():
+        pytest.skip("there is no C++ compiler")
+    model = _model(NatModel, depths=[1], num_heads=[1], dilations=[[1]])
+    before = copy.deepcopy(model)
+    nbhd.optimize_for_inference(model, dtype=None, compile=True)
+    assert model.inference_report["compile"].done
+    explained = torch._dynamo.explain(model.forward)(torch.randn(1, 3, 24, 24))
+    assert explained.graph_count == 1
+    assert explained.graph_break_count == 0
+    torch._dynamo.reset()
+    pixels = torch.randn(1, 3, 24, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model(pixels).last_hidden_state, before(pixels).last_hidden_state, atol=1e-5, rtol=1e-4
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    model = nbhd.optimize_for_inference(_model(NatModel), dtype=None, compile=True)
+    step = model.inference_report["compile"]
+    assert (step.done, "no C++ compiler" in step.reason) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Linear(2, 2), {}, "must be or contain a NAT"),
+        ("nat", {}, r"must be a torch\.nn\.Module"),
+        (nn.Linear(2, 2), {"dtype": "bfloat16"}, "dtype must be 'auto', None or a floating dtype"),
+        (nn.Linear(2, 2), {"dtype": torch.int8}, "dtype must be"),
+    ],
+)
+def test_wrong_calls(model, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        nbhd.optimize_for_inference(model, **options)
