@@ -35,7 +35,8 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     f.tiles = lay_out_columns(arena, m, b, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.blocks = arena.take<GradientBlock>(most_key_rows(m, b));
-    f.vectors_at_once = round_up(p.dim) % (4 * lanes) || round_up(p.dim_v) % (4 * lanes) ? 2 : 4;
+    const bool fours = round_up(p.dim) % (4 * lanes) == 0 && round_up(p.dim_v) % (4 * lanes) == 0;
+    f.vectors_at_once = takes_four_vectors && fours ? 4 : 2;
     const int slots = f.ring.shape.slots();
     f.key_head = slots * f.ring.natural_row(p.dim), f.value_head = slots * f.ring.natural_row(p.dim_v);
     const bool has_keys = p.part != Part::sum, has_values = p.part != Part::scores;

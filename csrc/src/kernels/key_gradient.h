@@ -14,10 +14,11 @@
 
 namespace nbhd::NBHD_ISA {
 
-// Key rows of a register block, for 2 (or 1) vectors of channels and for 4. Each row's sum waits for itself once for every query
-// row that adds to it, so blocks of 16 registers are broad rather than high.
-constexpr int gradient_block = registers >= 32 ? 8 : 5, gradient_block_of_4 = registers >= 32 ? 4 : 3;
-constexpr int gradient_rows(int vectors) { return vectors > 2 ? gradient_block_of_4 : gradient_block; }
+// Key rows of a register block. With 16 registers a token of four vectors is taken whole: each row's sum waits for itself once for
+// every query row that adds to it, so that blocks are better broad than high.
+constexpr bool takes_four_vectors = registers < 32;
+constexpr int gradient_block = registers >= 32 ? 8 : 5;
+constexpr int gradient_rows(int vectors) { return vectors > 2 ? 3 : gradient_block; }
 
 // Key rows that are accumulated together: up to gradient_block neighbours of one plane. Query row r sees those in
 // [low[r], high[r]) of them.
@@ -254,8 +255,9 @@ static void key_gradient(const KeyGradient &gradient) {
     const int advance = advance_of(g);
     for (int i = 0; i < g.n_blocks; i++) {
         int c = 0;
-        if (g.vectors_at_once == 4)
-            for (; c < g.width; c += 4 * lanes) gradient_of_block<4>(g, g.blocks[i], advance, c);
+        if constexpr (takes_four_vectors)
+            if (g.vectors_at_once == 4)
+                for (; c < g.width; c += 4 * lanes) gradient_of_block<4>(g, g.blocks[i], advance, c);
         for (; c + 2 * lanes <= g.width; c += 2 * lanes) gradient_of_block<2>(g, g.blocks[i], advance, c);
         if (c < g.width) gradient_of_block<1>(g, g.blocks[i], advance, c);
     }
@@ -309,8 +311,9 @@ static void sequence_gradient(KeyGradient *runs, int n_runs) {
     for (int i = 0; i < n_runs; i++) runs[i].advance = advance_of(runs[i]);
     const int width = runs[0].width;
     int c = 0;
-    if (runs[0].vectors_at_once == 4)
-        for (; c < width; c += 4 * lanes) add_sequence<4>(runs, n_runs, c);
+    if constexpr (takes_four_vectors)
+        if (runs[0].vectors_at_once == 4)
+            for (; c < width; c += 4 * lanes) add_sequence<4>(runs, n_runs, c);
     for (; c + 2 * lanes <= width; c += 2 * lanes) add_sequence<2>(runs, n_runs, c);
     if (c < width) add_sequence<1>(runs, n_runs, c);
 }

@@ -37,7 +37,7 @@ struct WeightedSum {
 // Register blocks: where a token has four vectors of channels, one column has work enough and needs no neighbour with the
 // same keys. Fewer vectors: several columns.
 constexpr int sum_accumulators = registers >= 32 ? 16 : 12;
-constexpr int max_vectors = 4;
+constexpr int max_vectors = registers >= 32 ? 2 : 4;
 constexpr int columns_for(int rows, int vectors) {
     const int fit = sum_accumulators / (vectors * rows);
     return fit < 1 ? 1 : fit < 6 ? fit : 6;
@@ -259,7 +259,7 @@ static void sum_columns(const WeightedSum &s, int n, int c0) {
 template <int rows, int kernel>
 static void sum_rows(const WeightedSum &s, int n) {
     int c = 0;
-    if constexpr (rows * max_vectors <= sum_accumulators)
+    if constexpr (max_vectors > 2)
         for (; c + max_vectors * lanes <= s.width; c += max_vectors * lanes)
             sum_columns<rows, max_vectors, kernel>(s, n, c);
     for (; c + 2 * lanes <= s.width; c += 2 * lanes) sum_columns<rows, 2, kernel>(s, n, c);
