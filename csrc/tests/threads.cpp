@@ -23,7 +23,7 @@ Result run(Prepared &p, int64_t threads) {
 
 } // namespace
 
-int main() {
+int main(int argc, char **argv) {
     if (!strcmp(nbhd_isa(), "none")) return 77;
     int failures = 0;
     for (int which = 0; which < 5; which++)
@@ -61,6 +61,8 @@ int main() {
                 printf("case %d dtype %d: calls at the same time differ\n", which, int(dtype)), failures++;
         }
 #if !defined(_WIN32)
+    if (argc > 1 && !strcmp(argv[1], "no-fork"))
+        return failures != 0; // emulators and the thread sanitizer know no threads there
     // a child process has none of its parent's threads, and computes all the same
     std::mt19937_64 random(1);
     truth::Case c;
@@ -76,6 +78,8 @@ int main() {
     }
     int status = 1;
     if (waitpid(child, &status, 0) != child || status != 0) printf("a forked child differs or hangs\n"), failures++;
+#else
+    (void)argc, (void)argv;
 #endif
     if (!failures) printf("ok\n");
     return failures != 0;
