@@ -6,6 +6,7 @@ in PyTorch and from each file, on one thread. One JSON holds the figures.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import tempfile
 import time
@@ -54,7 +55,9 @@ def exported(
 
 def measure(data: str, model: str | None, limit: int | None, batch_size: int) -> dict[str, Any]:
     """The figures of all forms of the model."""
-    from nbhd.export import export
+    from nbhd.export.formats import to_onnx
+    from nbhd.export.quantize import quantize
+    from nbhd.export.subject import Outputs, facts_of
     from nbhd.tasks.checkpoints import load_classifier, model_folder
     from nbhd.tasks.classification.evaluate import evaluate_images, open_for_model
     from nbhd.tasks.datasets import first_rows
@@ -78,14 +81,15 @@ def measure(data: str, model: str | None, limit: int | None, batch_size: int) ->
 
     weights = sum(file.stat().st_size for file in model_folder(model).glob("*.safetensors"))
     results = [form("torch", loaded, weights)]
+    facts = facts_of(loaded.model, loaded.processor)
+    written = to_onnx(Outputs(loaded.model, facts.task).eval(), facts)  # once: tracing takes longest
     with tempfile.TemporaryDirectory() as folder:
-        for name, options in (
-            ("onnx", {}),
-            ("onnx-int8-dynamic", {"int8": True}),
-            ("onnx-int8-static", {"int8": True, "calibration": examples()}),
-        ):
+        for name, kind in (("onnx", None), ("onnx-int8-dynamic", "dynamic"), ("onnx-int8-static", "static")):
+            chosen = dataclasses.replace(facts, int8=kind)
+            images_or_none = examples() if kind == "static" else None
+            content = written if kind is None else quantize(written, chosen, images_or_none)
             path = Path(folder) / f"{name}.onnx"
-            export(loaded.model, path, "onnx", processor=loaded.processor, **options)  # type: ignore[arg-type]
+            path.write_bytes(content.SerializeToString())
             results.append(form(name, load_classifier(path, cpu), path.stat().st_size))
     import onnxruntime
 

@@ -264,7 +264,8 @@ def test_int8_files_stay_close(onnx_file, network, processor):
     source = onnx.load(onnx_file)
     for examples, kind in ((None, "MatMulInteger"), (images, "DequantizeLinear")):
         model = quantize(source, facts, examples)
-        assert kind in {node.op_type for node in model.graph.node}
+        kinds = [node.op_type for node in model.graph.node]
+        assert kinds.count(kind) >= 2 * 6 + 1  # query, key, value, projection, two of the MLP; the classifier
         assert {node.domain for node in model.graph.node} == {""}
         session = onnxruntime.InferenceSession(model.SerializeToString())
         found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])

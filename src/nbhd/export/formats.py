@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nbhd.errors import ArgumentError, BackendError, MissingExtra
@@ -83,12 +84,34 @@ def _tidy(model: Any) -> None:
     """Cheap simplifications; the rest is done where the model is loaded. Layers share tables of one size thereby."""
     import onnx_ir.passes.common as passes
 
+    _transpose_weights(model.graph)
     for name in ("IdentityEliminationPass", "CommonSubexpressionEliminationPass", "RemoveUnusedNodesPass"):
         if hasattr(passes, name):  # not all are in every version
             getattr(passes, name)()(model)
     for node in model.graph:  # where a node came from in the source, which nobody can use
         node.metadata_props.clear()
         node.doc_string = None
+
+
+def _transpose_weights(graph: Any) -> None:
+    """Store the weights of linear layers as their products read them: a quantiser looks for constants there."""
+    import onnx_ir
+
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.name not in graph.initializers or weight.const_value is None:
+            continue
+        array = weight.const_value.numpy().transpose(node.attributes["perm"].as_ints())
+        name = f"{weight.name}.transposed"
+        if name not in graph.initializers:
+            tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=name)
+            value = onnx_ir.Value(
+                name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            graph.initializers[name] = value
+        replaced = node.outputs[0]
+        replaced.replace_all_uses_with(graph.initializers[name])
+        graph.remove(node, safe=True)
 
 
 def _name_axes(model: Any, facts: Facts) -> None:

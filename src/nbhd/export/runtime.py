@@ -117,6 +117,8 @@ def _open_onnx(path: Path) -> ExportedModel:
 
 
 def _open_program(path: Path) -> ExportedModel:
+    import nbhd.ops  # noqa: F401  (the program may call them; the command line has not imported them yet)
+
     extra = {FACTS: ""}
     program = torch.export.load(str(path), extra_files=extra)
     facts = _facts(path, extra[FACTS])
@@ -125,6 +127,8 @@ def _open_program(path: Path) -> ExportedModel:
 
 def _open_aoti(path: Path) -> ExportedModel:
     import torch._inductor
+
+    import nbhd.ops  # noqa: F401
 
     package = torch._inductor.aoti_load_package(str(path))
     facts = _facts(path, package.get_metadata().get(FACTS))
