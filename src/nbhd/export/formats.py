@@ -106,7 +106,7 @@ def _transpose_weights(graph: Any) -> None:
         if name not in graph.initializers:
             tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=name)
             value = onnx_ir.Value(
-                name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+                name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
             )
             graph.initializers[name] = value
         replaced = node.outputs[0]
