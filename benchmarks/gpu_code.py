@@ -38,13 +38,12 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Code(NamedTuple):
-    """``registers`` and ``spilled`` (bytes) of a thread, ``shared`` bytes of a program, instructions by kind."""
+    """``registers`` and ``spilled`` (bytes) of a thread, ``shared`` bytes of a program, matrix instructions by kind."""
 
     registers: int
     spilled: int
     shared: int
     matrix: dict[str, int]
-    instructions: int
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
@@ -83,7 +82,7 @@ def _cuda(code: Any) -> Code:
     matrix = {name: counts[name] for name in ("HGMMA", "HMMA", "FFMA") if counts[name] and (name != "FFMA")}
     if not matrix:
         matrix = {"FFMA": counts["FFMA"]}
-    return Code(registers, max(spilled, stack), int(code.metadata.shared), matrix, len(found) - counts["NOP"])
+    return Code(registers, max(spilled, stack), int(code.metadata.shared), matrix)
 
 
 def _amd(code: Any) -> Code:
@@ -106,7 +105,7 @@ def _amd(code: Any) -> Code:
     )
     spilled = 4 * (number("vgpr_spill_count") + kinds["scratch"])
     # vector registers alone: a thread has 512 with the accumulators
-    return Code(number("vgpr_count"), spilled, int(code.metadata.shared), matrix, len(body))
+    return Code(number("vgpr_count"), spilled, int(code.metadata.shared), matrix)
 
 
 def plans(case: Case, target: Target) -> Iterator[tuple[str, Map, Any]]:

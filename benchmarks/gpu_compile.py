@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu_compile                    compile, print, exit 1 where one spills or does not fit
     python -m benchmarks.gpu_compile --only 'forward*'  some rows (globs over id or kernel)
-    python -m benchmarks.gpu_compile --write            keep the results: benchmarks/results/gpu-code.json, the table in
-                                                        docs/gpu.md, shared memory in the table of configurations
+    python -m benchmarks.gpu_compile --write            keep the results (with --only, of those rows):
+                                                        benchmarks/results/gpu-code.json, the table in docs/gpu.md,
+                                                        shared memory in the table of configurations
 
-Needs Triton, on Linux. About 10 minutes the first time on one core; Triton keeps what it compiled.
+Needs Triton, on Linux. About half an hour the first time on one core; Triton keeps what it compiled.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def compile_line(line: Line, target: str) -> Any:
     raise LookupError(line.name)
 
 
-#: Rows that may spill. Float32 units take all channels of a product in registers, and 256 of them are many.
-MAY_SPILL = ("ql32-256",)
+#: Rows that may spill: float32 backward with more than 128 channels, whose products hold all channels in registers.
+MAY_SPILL = ("ql32-256", "kl32-256")
 
 
 def fits(line: Line, code: Any, target: str) -> bool:
@@ -128,9 +129,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_compile needs Triton: {error}. Install it on Linux: pip install triton", file=sys.stderr)
         return 2
     chosen = [line for line in lines() if any(fnmatchcase(x, options.only) for x in (line.row.id, line.row.kernel))]
-    if options.write and options.only != "*":
-        print("--write keeps the whole table: it goes without --only.", file=sys.stderr)
-        return 2
     found: dict[str, dict[str, Any]] = {}
     bad = []
     for line in chosen:
@@ -146,10 +144,21 @@ def main(arguments: list[str] | None = None) -> int:
     for each in bad:
         print(f"does not fit: {each}", file=sys.stderr)
     if options.write and not bad:
+        found = _merged(triton.__version__, found)
         write_json(RESULTS, {"triton": triton.__version__, "columns": list(gpu_code.Code._fields), "lines": found})
         _write_shared(found)
         _write_page(triton.__version__, found)
     return 1 if bad else 0
+
+
+def _merged(version: str, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The new results among those of the same Triton that are there, in the order of the table."""
+    before: dict[str, Any] = {}
+    if RESULTS.exists():
+        document = json.loads(RESULTS.read_text(encoding="utf-8"))
+        before = document["lines"] if document["triton"] == version else {}
+    both = {**before, **found}
+    return {line.name: both[line.name] for line in lines() if line.name in both}
 
 
 def _write_shared(found: dict[str, dict[str, Any]]) -> None:

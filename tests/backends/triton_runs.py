@@ -72,6 +72,11 @@ FUSED = {
     "scale-negative-loop": case((3, 36), (3, 35), scale=-0.7, bias=False, dim=12),
     "no-lse-gradient": case((5, 6), 3, with_lse=False),
 }
+#: What runs every time; ``everything`` has the rest.
+OFTEN = (
+    "nat", "window-is-map", "grouped-heads-odd-channels", "dilated", "causal-rows-strided", "1d-causal", "1d-long",
+    "3d-everything", "wide-channels", "scale-negative-loop", "no-lse-gradient", "1d-one-key",
+)  # fmt: skip
 SHORT = {
     "nat": case((8, 9), 7, heads=2, dim=32),
     "loop": case((4, 37), (4, 33), dim=64, heads=2, kv_heads=1),
@@ -153,7 +158,11 @@ def sweep(cases: dict[str, Any], how, dtypes) -> None:
 
 
 def fused() -> None:
-    sweep(FUSED, run, [F32])
+    sweep({name: FUSED[name] for name in OFTEN}, run, [F32])
+
+
+def everything() -> None:
+    sweep(FUSED, run, [F32, BF16])
 
 
 def short() -> None:
@@ -434,7 +443,9 @@ def dots() -> None:
     say("dots", found=[forward, calls[0] - forward], want=want)
 
 
-GROUPS = {f.__name__: f for f in (fused, short, unfused, rows, layouts, framework, overflow, geometry, visits)}
+GROUPS = {
+    f.__name__: f for f in (fused, everything, short, unfused, rows, layouts, framework, overflow, geometry, visits)
+}
 
 
 def main() -> None:

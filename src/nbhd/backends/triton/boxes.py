@@ -70,6 +70,13 @@ def halo(axis: Axis, queries: int) -> int:
     return queries - 1 + axis.kernel_size + (0 if axis.is_causal else axis.stride - 1)
 
 
+def padding(axes: tuple[Axis, ...], queries: Triple) -> float:
+    """What boxes that reach beyond an axis cost, where its length is known: a window that is the whole axis."""
+    return math.prod(
+        math.ceil(a.kernel_size / t) * t / a.kernel_size for a, t in zip(axes, queries, strict=True) if a.is_whole
+    )
+
+
 def _splits(n: int, axes: tuple[Axis, ...]) -> list[Triple]:
     """The ways to make a box of ``n`` elements, ``n`` a power of two, on the axes that are there."""
     sizes = [1 << i for i in range(n.bit_length())]
@@ -90,7 +97,7 @@ def once(axes: tuple[Axis, Axis, Axis], queries: int, most_keys: int) -> tuple[T
         tk = tuple(power_of_two(halo(axis, t)) for axis, t in zip(axes, tq, strict=True))
         tk = (tk[0], tk[1], max(tk[2], power_of_two(math.ceil(16 / (tk[0] * tk[1])))))  # no product is narrower
         # equal work: the longer rows in memory
-        cost = (math.prod(tk), -tq[2], -tq[1])
+        cost = (math.prod(tk) * padding(axes, tq), -tq[2], -tq[1])
         if math.prod(tk) <= most_keys and (best is None or cost < best[0]):
             best = cost, tq, tk
     return None if best is None else (best[1], best[2])
@@ -103,7 +110,7 @@ def loop(axes: tuple[Axis, Axis, Axis], queries: int, keys: int) -> tuple[Triple
     for tq in _splits(queries, axes):
         for tk in _splits(keys, axes):
             visited = [math.ceil(halo(axis, q) / k) * k for axis, q, k in zip(axes, tq, tk, strict=True)]
-            cost = (math.prod(visited), -tk[2] - tq[2], -tk[1] - tq[1])
+            cost = (math.prod(visited) * padding(axes, tq), -tk[2] - tq[2], -tk[1] - tq[1])
             if best is None or cost < best[0]:
                 best = cost, tq, tk
     assert best is not None
@@ -113,7 +120,7 @@ def loop(axes: tuple[Axis, Axis, Axis], queries: int, keys: int) -> tuple[Triple
 def waste(axes: tuple[Axis, Axis, Axis], tq: Triple, tk: Triple) -> float:
     """Visited work over useful work away from borders, where every query has its full window."""
     visited = [math.ceil(halo(axis, q) / k) * k for axis, q, k in zip(axes, tq, tk, strict=True)]
-    return math.prod(visited) / math.prod(axis.kernel_size for axis in axes)
+    return math.prod(visited) * padding(axes, tq) / math.prod(axis.kernel_size for axis in axes)
 
 
 def programs(lengths: Triple, axes: tuple[Axis, Axis, Axis], box: Triple) -> int:

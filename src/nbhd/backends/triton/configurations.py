@@ -119,10 +119,15 @@ def tile(row: Row, problem: Problem) -> Tile | None:
     return Tile(1, *boxes.loop(problem.axes, row.queries, row.keys))
 
 
+def _owned(found: Tile) -> boxes.Triple:
+    return found.number * found.queries[0], found.queries[1], found.queries[2]
+
+
 def estimate(row: Row, found: Tile, problem: Problem) -> float:
     """Relative time of a row: what it visits, times what a visited pair costs it."""
     if row.kernel.endswith("_once"):
-        return row.cost * math.prod(found.keys) / math.prod(a.kernel_size for a in problem.axes)
+        visited = math.prod(found.keys) * boxes.padding(problem.axes, _owned(found))
+        return row.cost * visited / math.prod(a.kernel_size for a in problem.axes)
     if row.kernel == "key_loop":
         return row.cost * boxes.waste(problem.axes, found.keys, found.queries)
     return row.cost * boxes.waste(problem.axes, found.queries, found.keys)

@@ -1,0 +1,52 @@
+"""What ``test_triton.py`` compiles, in a process of its own without the interpreter: prints one JSON object."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import triton
+from benchmarks import gpu_code, gpu_compile
+from benchmarks.cases import Case
+
+from nbhd.backends.triton import launches
+
+#: A once and a walked kernel, forward and both backward ones, one of float32.
+LINES = ("fo16-32-bias forward bias", "kl16-32 key bias", "ql16-64x32 query", "fl32-64 forward ieee")
+
+
+def specializations(case: Case, target: str) -> list[str]:
+    """What decides whether each launch of a call compiles anew."""
+    gpu, limits = gpu_code.TARGETS[target]
+    found = []
+    for kind, call, build in gpu_code.plans(case, limits):
+        kernel = "gather" if kind == "gather-table" else kind
+        row, tile = launches.rows_of(call, kernel, case.has_bias and kernel not in ("gather", "scatter"))[0]
+        found += [gpu_code.specialization(launch, gpu) for launch in build(row, tile)]
+    return found
+
+
+def main() -> None:
+    codes = {}
+    for line in gpu_compile.lines():
+        if line.name in LINES:
+            codes[line.name] = {t: gpu_compile.compile_line(line, t)._asdict() for t in gpu_code.TARGETS}
+    same = {}
+    plain = Case("map", (56, 56), 2, 32, (7, 7), batch=2, has_bias=True, dtype="bfloat16")
+    for name, case in {
+        "nat": plain,
+        "odd-channels": replace(plain, heads=3, head_dim=24, has_bias=False),
+        "dilated": replace(plain, dilation=(2, 3), has_bias=False),
+        "sequence": Case("s", (400,), 1, 64, (129,), is_causal=(True,), has_bias=False, dtype="float16"),
+    }.items():
+        sizes = ((56, 56), (64, 48), (21, 30), (113, 57)) if len(case.spatial) == 2 else ((400,), (512,), (131,))
+        # the launches of one bias gradient may be more or fewer, so what is compiled is compared as a set
+        found = {
+            frozenset(specializations(replace(case, spatial=s, batch=b), "sm_90")) for s in sizes for b in (1, 2, 5)
+        }
+        same[name] = len(found)
+    print(json.dumps({"triton": triton.__version__, "codes": codes, "specializations": same}))
+
+
+if __name__ == "__main__":
+    main()
