@@ -53,7 +53,8 @@ def check_errors(name: str, errors: dict[str, list[float]], dtype: torch.dtype) 
     unit = torch.finfo(dtype).eps
     assert errors
     for which, (rms, most, plain_rms, plain_most) in errors.items():
-        assert rms <= 2 * plain_rms + 4 * unit, (name, which)
+        # eight: with one key a window a gradient is a difference of equal numbers, which plain PyTorch has exact
+        assert rms <= 2 * plain_rms + (8 if dtype == torch.float32 else 4) * unit, (name, which)
         assert most <= 4 * plain_most + 16 * unit, (name, which)
 
 
