@@ -18,6 +18,7 @@ from nbhd.geometry import Neighborhood
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """The forward of :mod:`nbhd.backends`."""
     call = Map(query, key.shape[-2], query.shape[-1], value.shape[-1], neighborhood)
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -66,6 +67,7 @@ def run_backward(
     d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None,
     out: Tensor, lse: Tensor, neighborhood: Neighborhood, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The backward of :mod:`nbhd.backends`."""
     call = Map(query, key.shape[-2], query.shape[-1], value.shape[-1], neighborhood)
     plan = BackwardPlan(call, d_out, d_lse, query, key, value, rel_pos_bias, out, lse, scale)
     has_bias = rel_pos_bias is not None

@@ -134,6 +134,7 @@ def estimate(row: Row, found: Tile, problem: Problem) -> float:
 
 
 def runs_on(row: Row, vendor: str) -> bool:
+    """Whether a row of the table is meant for this vendor, or for the family it belongs to."""
     return not row.vendors or vendor == "interpreter" or vendor in row.vendors or FAMILIES.get(vendor) in row.vendors
 
 

@@ -62,6 +62,7 @@ class Launch:
 
 
 def is_interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -78,6 +79,7 @@ def _device(kind: str, index: int) -> Target:
 
 
 def target_of(tensor: Tensor) -> Target:
+    """What a tensor lies on, and how much shared memory a program has there."""
     if is_interpreted():
         return Target("interpreter", 1 << 30)
     device = tensor.device

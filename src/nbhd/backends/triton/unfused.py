@@ -18,12 +18,14 @@ from nbhd.geometry import Neighborhood
 def run_scores(
     query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> Tensor:  # fmt: skip
+    """Scores before the softmax, minus infinity in unused slots."""
     return _pairs(query, key, rel_pos_bias, neighborhood, scale, -math.inf)
 
 
 def run_scores_backward(
     d_scores: Tensor, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key and bias from those of the scores."""
     d_query, d_table = _gather(d_scores, key, neighborhood, scale, with_table=rel_pos_bias is not None)
     d_key = _scatter(d_scores, query, key.shape[-2], neighborhood, scale)
     if rel_pos_bias is None or d_table is None:
@@ -32,12 +34,14 @@ def run_scores_backward(
 
 
 def run_weighted_sum(weights: Tensor, value: Tensor, neighborhood: Neighborhood) -> Tensor:
+    """Each query's weights times the values of its window."""
     return _gather(weights, value, neighborhood, 1.0, with_table=False)[0]
 
 
 def run_weighted_sum_backward(
     d_out: Tensor, weights: Tensor, value: Tensor, neighborhood: Neighborhood
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of weights (zero in unused slots) and value."""
     d_out = d_out.to(value.dtype)
     d_weights = _pairs(d_out, value, None, neighborhood, 1.0, 0.0)
     return d_weights, _scatter(weights, d_out, value.shape[-2], neighborhood, 1.0)
@@ -157,4 +161,5 @@ class ScatterPlan:
 
 
 def channels(call: Map) -> dict[str, int]:
+    """Channels, as they are and padded, for the kernels."""
     return {"D": call.dim, "BD": max(16, boxes.power_of_two(call.dim))}
