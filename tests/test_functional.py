@@ -179,10 +179,17 @@ def test_the_log_sum_exp_merges_parts_of_an_attention_with_right_gradients():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"kernel_size": 3.0}, {"kernel_size": 3, "stride": True}, {"kernel_size": 3, "is_causal": 0}]
+    "bad",
+    [
+        {"kernel_size": 3.0},
+        {"kernel_size": (3.0, 3)},
+        {"kernel_size": 3, "stride": True},
+        {"kernel_size": 3, "is_causal": 0},
+    ],
 )
 def test_what_equals_a_good_argument_is_refused_after_it_too(bad):
     nbhd.na2d(Q, K, V, 3)
+    nbhd.na2d(Q, K, V, (3, 3))
     with pytest.raises(ArgumentError, match="must be"):
         nbhd.na2d(Q, K, V, **bad)
 

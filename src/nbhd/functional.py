@@ -314,9 +314,8 @@ def _signature(
     scale: Any, rel_pos_bias: Tensor | None, backend: str,
 ) -> Any:  # fmt: skip
     """All that checks, the choice of a backend and its preparations depend on; None if that cannot be told."""
-    kinds = (type(kernel_size), type(stride), type(dilation), type(is_causal))
-    if kinds not in _KINDS and not _SCALARS.issuperset(kinds):  # 3.0 equals 3 and True 1, but they are refused
-        return None
+    # 3.0 equals 3 and True equals 1, but they are refused
+    kinds = tuple(map(_kind_of_parameter, (kernel_size, stride, dilation, is_causal)))
     try:
         signature = (
             axes, kernel_size, stride, dilation, is_causal, scale, backend, kinds,
@@ -331,8 +330,8 @@ def _signature(
     return signature
 
 
-_KINDS = {(int, int, int, bool), (tuple, int, int, bool), (tuple, tuple, tuple, tuple)}
-_SCALARS = {int, bool, tuple}
+def _kind_of_parameter(parameter: Any) -> Any:
+    return tuple(map(type, parameter)) if type(parameter) is tuple else type(parameter)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -390,7 +389,7 @@ def _check(
     if torch.compiler.is_compiling():  # lengths may be symbols there
         neighborhood = _check_shapes(axes, *shapes, *parameters)
     else:
-        neighborhood = _check_shapes_once(axes, *shapes, *parameters)
+        neighborhood = _check_shapes_once(axes, *shapes, *parameters, tuple(map(_kind_of_parameter, parameters)))
     if scale is None:
         return neighborhood, query.shape[-1] ** -0.5
     if isinstance(scale, Tensor) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
@@ -414,8 +413,9 @@ def _bias_shape(bias: Any, query: Tensor) -> Any:
 
 def _check_shapes(
     axes: int, query: Sequence[int], key: Sequence[int], value: Sequence[int], bias: Sequence[int] | None,
-    kernel_size: Any, stride: Any, dilation: Any, is_causal: Any,
+    kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, _kinds: Any = None,
 ) -> Neighborhood:  # fmt: skip
+    # `_kinds` are for the cache alone: what equals a good argument need not be one
     layout = f"[batch, {', '.join(AXES[:axes])}, heads, dim]"
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if len(shape) != axes + 3:
@@ -464,7 +464,7 @@ def _check_shapes(
     return Neighborhood(kernel, strides, dilations, causal)
 
 
-_check_shapes_once = functools.lru_cache(maxsize=4096, typed=True)(_check_shapes)
+_check_shapes_once = functools.lru_cache(maxsize=4096)(_check_shapes)
 
 
 def _too_large(axis: str, k: int, d: int, length: int) -> str:
