@@ -212,7 +212,7 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
         }
     }
     if (!sequence) return;
-    KeyGradient of_values[2 * most_strip], of_keys[2 * most_strip];
+    KeyGradient of_values[most_runs * most_strip], of_keys[most_runs * most_strip];
     int runs = 0;
     for (int k = 0; k < n; k++)
         for (int i = 0; i < columns[k].runs; i++, runs++) {

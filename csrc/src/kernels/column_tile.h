@@ -22,7 +22,9 @@ struct GroupAxis {
     int end(int u) const { return first[u] + count[u]; }
 };
 
-// Neighbouring queries of a tile, in lanes lane, lane + step, ...
+// Neighbouring queries of a tile, in lanes lane, lane + step, ... A permuted tile is cut where its first keys turn from staying to
+// advancing, because the sums of neighbours go together where they do one or the other.
+constexpr int most_runs = 3;
 struct Run {
     int x, n; // first query, number
     int lane, step;
@@ -32,7 +34,7 @@ struct Run {
 struct ColumnTile {
     Keys keys;
     int runs, n; // queries of all runs
-    Run run[2];
+    Run run[most_runs];
     int origin;         // first key of lane 0, counted as all keys here from the block's first key column
     int pair;           // paired tiles are numbered: which packed copy of the keys
     int pair_origin[2]; // first key of either group
@@ -88,7 +90,14 @@ static void start_tile(ColumnTile &t, const GroupAxis &a, Keys keys, int x, int 
 }
 static void make_tile(ColumnTile &t, const GroupAxis &a, TileKind kind, int key_origin) {
     start_tile(t, a, kind.keys, kind.x, key_origin);
-    add_run(t, a, kind.x, kind.n, 0, 1, key_origin);
+    const int end = kind.x + kind.n;
+    int ends[most_runs + 1] = {kind.x}, runs = 0; // where each ends
+    for (int x = kind.x; x < end && runs < most_runs;) {
+        const int shared = run_length(a, x, end, 0), sliding = run_length(a, x, end, 1);
+        ends[++runs] = x += shared > sliding ? shared : sliding;
+    }
+    if (ends[runs] < end) ends[runs = 1] = end; // no pattern
+    for (int i = 0; i < runs; i++) add_run(t, a, ends[i], ends[i + 1] - ends[i], ends[i] - kind.x, 1, key_origin);
 }
 
 // Joins two shared tiles of at most half a vector each. Not where windows are so long that the second copy of keys would weigh.

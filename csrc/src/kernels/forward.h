@@ -133,7 +133,7 @@ static void tile_scores_of(const TileScores &s) {
     case Keys::sliding: return tile_scores_as<Keys::sliding, kernel>(s);
     case Keys::shared: return tile_scores_as<Keys::shared, kernel>(s);
     case Keys::paired: return tile_scores_as<Keys::paired, kernel>(s);
-    case Keys::permuted: return tile_scores_as<Keys::permuted, kernel <= 5 ? kernel : 0>(s); // rare beyond
+    case Keys::permuted: return tile_scores_as<Keys::permuted, kernel>(s);
     }
 }
 static void tile_scores(const TileScores &s) {

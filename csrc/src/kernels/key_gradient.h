@@ -17,7 +17,7 @@ namespace nbhd::NBHD_ISA {
 // Key rows of a register block. With 16 registers a token of four vectors is taken whole: each row's sum waits for itself once for
 // every query row that adds to it, so that blocks are better broad than high.
 constexpr bool takes_four_vectors = registers < 32;
-constexpr int gradient_block = registers >= 32 ? 8 : 5;
+constexpr int gradient_block = registers >= 32 ? 10 : 5;
 constexpr int gradient_rows(int vectors) { return vectors > 2 ? 3 : gradient_block; }
 
 // Key rows that are accumulated together: up to gradient_block neighbours of one plane. Query row r sees those in
@@ -94,14 +94,14 @@ struct OneRow {
 
 template <int n, int vectors>
 NBHD_INLINE void load_block(Vec (&a)[n][vectors], Real *const *row, int64_t at) {
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
         for (int c = 0; c < vectors; c++) a[i][c] = load(row[i] + at + c * lanes);
 }
 template <int n, int vectors>
 NBHD_INLINE void store_block(const Vec (&a)[n][vectors], Real *const *row, int64_t at, int keys) {
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int i = 0; i < n; i++)
         if (i < keys)
 #pragma GCC unroll 4
@@ -117,7 +117,7 @@ NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_st
         for (int r = 0; r < Rows::rows; r++) {
             if constexpr (vectors > 2) { // registers hold the weights and one vector at a time
                 Vec b[n];
-#pragma GCC unroll 8
+#pragma GCC unroll 10
                 for (int i = 0; i < n; i++)
                     if (i >= Rows::low(r) && i < Rows::high(r))
                         b[i] = broadcast(w + r * row_step + i * lanes), keep(b[i]);
@@ -125,7 +125,7 @@ NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_st
                 for (int c = 0; c < vectors; c++) {
                     Vec vv = load(v + r * vectors_row + c * lanes);
                     keep(vv);
-#pragma GCC unroll 8
+#pragma GCC unroll 10
                     for (int i = 0; i < n; i++)
                         if (i >= Rows::low(r) && i < Rows::high(r)) a[i][c] = fma(b[i], vv, a[i][c]);
                 }
@@ -134,7 +134,7 @@ NBHD_INLINE void add_queries(Vec (&a)[n][vectors], const Real *w, int64_t row_st
             Vec vv[vectors];
 #pragma GCC unroll 4
             for (int c = 0; c < vectors; c++) vv[c] = load(v + r * vectors_row + c * lanes), keep(vv[c]);
-#pragma GCC unroll 8
+#pragma GCC unroll 10
             for (int i = 0; i < n; i++) {
                 if (i < Rows::low(r) || i >= Rows::high(r)) continue; // decided at compile time
                 const Vec b = broadcast(w + r * row_step + i * lanes);
@@ -152,7 +152,7 @@ static void add_pattern(const KeyGradient &g, Real *const *rows, const Real *wei
     const int n = g.run->n, width = g.width, begin = g.first[0], last = g.end[0] - 1, end = g.end[n - 1];
     const int64_t lane_step = g.run->step - advance * g.step, step = g.step, vectors_row = g.vectors_row;
     Real *row[Rows::n];
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int i = 0; i < Rows::n; i++) row[i] = rows[i];
     for (int x = begin; x < end; x++) {
         const int from = advance && x > last ? x - last : 0, to = advance && x - begin + 1 < n ? x - begin + 1 : n;
@@ -177,8 +177,12 @@ NBHD_INLINE void add_span(Vec (&a)[n][vectors], int low, int high, const Real *w
 #define NBHD_CASES(high)                                                                                               \
     NBHD_CASE(0, high)                                                                                                 \
     NBHD_CASE(1, high)                                                                                                 \
-    NBHD_CASE(2, high) NBHD_CASE(3, high) NBHD_CASE(4, high) NBHD_CASE(5, high) NBHD_CASE(6, high) NBHD_CASE(7, high)
-        NBHD_CASES(1) NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8)
+    NBHD_CASE(2, high)                                                                                                 \
+    NBHD_CASE(3, high) NBHD_CASE(4, high) NBHD_CASE(5, high) NBHD_CASE(6, high) NBHD_CASE(7, high) NBHD_CASE(8, high)  \
+        NBHD_CASE(9, high)
+        NBHD_CASES(1)
+        NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8) NBHD_CASES(9)
+            NBHD_CASES(10)
 #undef NBHD_CASES
 #undef NBHD_CASE
     }
@@ -244,6 +248,8 @@ static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int 
         NBHD_CASES(6)
         NBHD_CASES(7)
         NBHD_CASES(8)
+        NBHD_CASES(9)
+        NBHD_CASES(10)
 #undef NBHD_CASES
 #undef NBHD_CASE
     default: add_rows<vectors>(g, b, row, weights, v);
