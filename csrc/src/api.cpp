@@ -40,6 +40,26 @@ bool to_places(const nbhd_call &c, int a, Tables &tables) {
     return true;
 }
 
+// How many keys come before the query in windows that are only moved to stay inside the axis; -1 where some lie otherwise.
+int keys_before(const nbhd_call &c, int a, const Tables &tables) {
+    const int64_t length = c.length[a], d = c.dilation[a], kernel = c.kernel_size[a];
+    for (int64_t before : {kernel / 2, (kernel - 1) / 2}) {
+        bool all = true;
+        size_t i = 0;
+        for (int64_t g = 0; g < d && all; g++) {
+            const int64_t places = (length - g + d - 1) / d;
+            for (int64_t u = 0; u < places && all; u++, i++) {
+                const int64_t last = places - kernel, start = u - before < 0      ? 0
+                                                              : u - before > last ? last
+                                                                                  : u - before;
+                all = tables.first[a][i] == start && tables.count[a][i] == kernel;
+            }
+        }
+        if (all) return int(before);
+    }
+    return -1;
+}
+
 // Every index into the bias table is inside it.
 bool bias_fits(const nbhd_call &c, int a, const Tables &tables) {
     const int64_t length = c.length[a], d = c.dilation[a], kernel = c.kernel_size[a];
@@ -164,8 +184,10 @@ int32_t run(const nbhd_call *call, Entry e) {
     p.part = e.part, p.dtype = Dtype(c.dtype), p.batch = c.batch;
     p.heads = int(c.heads), p.kv_heads = int(c.kv_heads), p.dim = int(c.dim), p.dim_v = int(c.dim_v);
     for (int a = 0; a < 3; a++)
-        p.axis[a] = Axis{int(c.length[a]), int(c.kernel_size[a]), int(c.dilation[a]), tables.first[a].data(),
-                         tables.count[a].data()};
+        p.axis[a] = Axis{int(c.length[a]),       int(c.kernel_size[a]),  int(c.dilation[a]),
+                         tables.first[a].data(), tables.count[a].data(), -1};
+    // only the fused passes do not care for the order of a window's keys
+    if (e.part == Part::attention) p.axis[2].before = keys_before(c, 2, tables);
     p.scale = c.scale, p.cache_bytes = cache_bytes();
     const int64_t elements =
         c.batch * c.length[0] * c.length[1] * c.length[2] * (c.heads + c.kv_heads) * (c.dim + c.dim_v);

@@ -12,6 +12,7 @@ enum class Dtype { float32, bfloat16, float16, float64 };
 struct Axis {
     int length, kernel, dilation;
     const int32_t *first, *count; // [length], one group after another
+    int before; // where windows are [u - before, u - before + kernel) moved into the group: that; where they are not, or it is of no use: -1
 
     int group_length(int g) const { return (length - g + dilation - 1) / dilation; }
     int group_start(int g) const {

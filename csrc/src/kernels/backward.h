@@ -31,8 +31,8 @@ struct BackwardBuffers {
 
 static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
-    f.ring = make_ring(m, b);
-    f.tiles = lay_out_columns(arena, m, b, f.columns);
+    f.ring = make_ring(m, b, heads_in_lanes(p, m, t));
+    f.tiles = lay_out_columns(arena, m, b, f.ring.heads, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.blocks = arena.take<GradientBlock>(most_key_rows(m, b));
     const bool fours = round_up(p.dim) % (4 * lanes) == 0 && round_up(p.dim_v) % (4 * lanes) == 0;
@@ -40,8 +40,7 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     const int slots = f.ring.shape.slots();
     f.key_head = slots * f.ring.natural_row(p.dim), f.value_head = slots * f.ring.natural_row(p.dim_v);
     const bool has_keys = p.part != Part::sum, has_values = p.part != Part::scores;
-    if (p.part == Part::attention)
-        f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
+    if (p.part == Part::attention) f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads);
     else f.slot_order = arena.take<int>(p.window());
     f.strip = strip_tiles(p, 2);
     const int64_t strip_rows = f.strip * tile_rows;
@@ -52,13 +51,13 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
         f.query_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim));
     }
     if (has_values) {
-        f.values = lay_out_keys(arena, f.ring, p.dim_v, p.axis[2].kernel, kv_heads, f.tiles.pairs);
+        f.values = lay_out_keys(arena, f.ring, p.dim_v, p.axis[2].kernel, kv_heads);
         f.d_values = arena.take<Real>(kv_heads * f.value_head);
         f.d_out = arena.take<Real>(strip_rows * p.dim_v * lanes);
         f.d_out_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim_v));
         f.scores = arena.take<Real>(strip_rows * p.window() * lanes);
     }
-    lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, true);
+    lay_out_bias(f.bias, arena, p, heads, f.tiles, f.ring.heads, true);
     f.d_scores = arena.take<Real>(strip_rows * p.window() * lanes);
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
 }
@@ -78,7 +77,7 @@ static void for_each_bias_run(const Problem &p, BackwardBuffers &f, const RowTil
     const int kernel = p.axis[2].kernel, ky = p.axis[1].kernel, bias_rows_y = 2 * ky - 1,
               bias_row = t.key[0].bias_row - r + t.shift[r];
     for (int z = 0; z < t.z_count; z++) {
-        Real *sum = f.bias.sum_row(local_head, c.bias_set, bias_row + z * bias_rows_y);
+        Real *sum = f.bias.sum_row(f.bias.table_of(local_head), c.bias_set, bias_row + z * bias_rows_y);
         for (int x = 0; x < kernel; x++, sum += bias_rows_y * lanes)
             add((int64_t)(z * kernel + x) * ky * lanes, t.y_count[r], sum);
     }
@@ -89,9 +88,8 @@ static void scatter_bias_row(const Problem &p, BackwardBuffers &f, const RowTile
               bias_row = t.key[0].bias_row - r + t.shift[r];
     for (int z = 0; z < t.z_count; z++)
         for (int y = 0; y < t.y_count[r]; y++)
-            scatter_bias(c, d + ((int64_t)z * kernel * ky + y) * lanes, ky * lanes, kernel,
-                         d_bias +
-                             ((int64_t)local_head * f.bias.rows + bias_row + z * bias_rows_y + y) * f.bias.columns);
+            scatter_bias(f.bias, f.bias.table_of(local_head), bias_row + z * bias_rows_y + y, c,
+                         d + ((int64_t)z * kernel * ky + y) * lanes, ky * lanes, d_bias);
 }
 
 // Weights, score gradients and the bias gradient of query row r.
@@ -130,7 +128,7 @@ template <class T>
 static void backward_strip(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t,
                            const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Real *d_bias,
                            Ahead &queries_ahead, Ahead &keys_ahead) {
-    const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v);
+    const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v), group = p.queries_per_kv_head();
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
                   query_row = (int64_t)p.dim * lanes, d_out_row = (int64_t)p.dim_v * lanes,
                   query_rows = (int64_t)lanes * width, d_out_rows = (int64_t)lanes * width_v;
@@ -141,13 +139,13 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
         for (int r = 0; r < t.n; r++) {
             const auto pack = [&](const View<const T> &from, int channels, Real factor, Real *rows, Real *lane_copy) {
                 const int wide = round_up(channels);
-                const Real *token[lanes];
                 for (int i = 0; i < c.runs; i++)
-                    pack_rows(from.at(t.z, t.y + r, c.run[i].x, head), from.x, c.run[i].n, channels,
-                              rows + c.run[i].index * wide, factor);
+                    pack_rows(from.at(t.z, t.y + r, c.run[i].x, head + c.run[i].head * group), from.x, c.run[i].n,
+                              channels, rows + c.run[i].index * wide, factor);
                 if (!lane_copy) return;
-                for (int l = 0; l < lanes; l++) token[l] = rows + c.lane_query[l] * wide;
-                pack_lanes(token, channels, lane_copy, Real(1));
+                int64_t token[lanes];
+                for (int l = 0; l < lanes; l++) token[l] = c.lane_query[l] * wide;
+                pack_lanes(rows, token, lanes, channels, lane_copy, lanes, Real(1));
             };
             const int row = k * tile_rows + r;
             if (has_keys)
@@ -169,7 +167,8 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
         if (has_keys && !p.small)
             for (int i = 0; i < c.runs; i++)
                 for (int r = 0; r < t.n; r++)
-                    prefetch_to_write(v.d_query.at(t.z, t.y + r, c.run[i].x, head), v.d_query.x, c.run[i].n, p.dim);
+                    prefetch_to_write(v.d_query.at(t.z, t.y + r, c.run[i].x, head + c.run[i].head * group), v.d_query.x,
+                                      c.run[i].n, p.dim);
         for (int r = 0; r < t.n; r++) {
             Real *const row_weights = weights + r * row_scores, *const row_d_scores = d_scores + r * row_scores;
             if (!attention) {
@@ -180,58 +179,66 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
             const Real *l = v.lse.at(t.z, t.y + r, 0, head),
                        *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
             for (int i = 0; i < c.n; i++) {
-                lse[c.lane[i]] = l[c.x[i] * v.lse.x] * log2_e;
-                if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x];
+                lse[c.lane[i]] = l[c.x[i] * v.lse.x + c.head[i] * group * v.lse.head] * log2_e;
+                if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x + c.head[i] * group * v.d_lse.head];
             }
             softmax_gradient(p, f, t, c, r, holes, row_weights, row_d_scores, lse, d_lse, local_head, d_bias);
         }
         WeightedSum s;
         s.weights = d_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
-        s.values = f.key_rows_copy + local_kv_head * f.key_head, s.ring_row = f.ring.natural_row(p.dim),
-        s.width = width;
+        s.ring_row = f.ring.natural_row(p.dim), s.width = width;
         s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale);
         KeyGradient g;
         g.weights_row = row_scores, g.step = p.axis[1].kernel * lanes, g.rows = &t, g.blocks = f.blocks,
         g.n_blocks = f.n_blocks, g.vectors_at_once = f.vectors_at_once;
         for (int i = 0; i < c.runs; i++) {
             const Run &run = c.run[i];
+            const int kv_head = local_kv_head + run.head;
+            s.values = f.key_rows_copy + kv_head * f.key_head;
             s.first = g.first = c.first + run.index, s.end = g.end = c.end + run.index;
             s.lane = run.lane, s.lane_step = run.step, g.run = &run;
             if (has_keys)
-                weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head), v.d_query.y, v.d_query.x, p.dim, f.out);
+                weighted_sum_to(s, run.n, v.d_query.at(t.z, t.y, run.x, head + run.head * group), v.d_query.y,
+                                v.d_query.x, p.dim, f.out);
 
             if (sequence) continue;
             g.weights = weights, g.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v,
             g.vectors_row = d_out_rows, g.width = width_v;
-            g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
+            g.gradient = f.d_values + kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
             if (has_values) key_gradient(g);
             g.weights = d_scores, g.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width,
             g.vectors_row = query_rows, g.width = width;
-            g.gradient = f.d_keys + local_kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
+            g.gradient = f.d_keys + kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
             if (has_keys) key_gradient(g);
         }
     }
     if (!sequence) return;
-    KeyGradient of_values[most_runs * most_strip], of_keys[most_runs * most_strip];
-    int runs = 0;
-    for (int k = 0; k < n; k++)
-        for (int i = 0; i < columns[k].runs; i++, runs++) {
-            const ColumnTile &c = columns[k];
-            const Run &run = c.run[i];
-            KeyGradient &g = of_values[runs];
-            g.weights_row = row_scores, g.step = lanes, g.rows = &t, g.vectors_at_once = f.vectors_at_once;
-            g.run = &run, g.first = c.first + run.index, g.end = c.end + run.index;
-            of_keys[runs] = g;
-            g.weights = f.scores + k * tile_scores, g.width = width_v;
-            g.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v;
-            g.gradient = f.d_values + local_kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
-            KeyGradient &d = of_keys[runs];
-            d.weights = f.d_scores + k * tile_scores, d.width = width;
-            d.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width;
-            d.gradient = f.d_keys + local_kv_head * f.key_head, d.ring_row = f.ring.natural_row(p.dim);
-        }
-    if (has_values) sequence_gradient(of_values, runs);
-    if (has_keys) sequence_gradient(of_keys, runs);
+    for (int in_lanes = 0; in_lanes < f.ring.heads; in_lanes++) {
+        KeyGradient of_values[most_cuts * most_strip], of_keys[most_cuts * most_strip];
+        int runs = 0;
+        for (int k = 0; k < n; k++)
+            for (int i = 0; i < columns[k].runs; i++) {
+                const ColumnTile &c = columns[k];
+                const Run &run = c.run[i];
+                if (run.head != in_lanes) continue;
+                KeyGradient g{};
+                g.weights_row = row_scores, g.step = lanes, g.rows = &t, g.vectors_at_once = f.vectors_at_once;
+                g.run = &run, g.first = c.first + run.index, g.end = c.end + run.index;
+                of_values[runs] = of_keys[runs] = g;
+                KeyGradient &of_value = of_values[runs], &of_key = of_keys[runs];
+                of_value.weights = f.scores + k * tile_scores, of_value.width = width_v;
+                of_value.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v;
+                of_value.gradient = f.d_values + (local_kv_head + in_lanes) * f.value_head;
+                of_value.ring_row = f.ring.natural_row(p.dim_v);
+                of_key.weights = f.d_scores + k * tile_scores, of_key.width = width;
+                of_key.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width;
+                of_key.gradient = f.d_keys + (local_kv_head + in_lanes) * f.key_head;
+                of_key.ring_row = f.ring.natural_row(p.dim);
+                runs++;
+            }
+        if (has_values) sequence_gradient(of_values, runs);
+        if (has_keys) sequence_gradient(of_keys, runs);
+    }
 }
 
 // Where the gradients of keys and values go: the tensors, or sums in Real when several blocks add to 16-bit ones.
@@ -256,47 +263,40 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                        p.d_lse ? lse_view(p.d_lse, p, m) : View<Real>{}};
     const bool attention = p.part == Part::attention, has_keys = p.part != Part::sum,
                has_values = p.part != Part::scores;
-    const int group = p.queries_per_kv_head(), width = round_up(p.dim), width_v = round_up(p.dim_v),
-              kv_heads = task.head_end - task.head_begin;
+    const int group = p.queries_per_kv_head(), kv_heads = task.head_end - task.head_begin;
     Ring &ring = f.ring;
     restart(ring, b);
     if (has_keys) memset(f.d_keys, 0, kv_heads * f.key_head * sizeof(Real));
     if (has_values) memset(f.d_values, 0, kv_heads * f.value_head * sizeof(Real));
 
     const auto pack = [&](int kz, int ky, int slot) {
-        for (int x = 0; x < ring.width; x += lanes)
-            for (int h = task.head_begin; h < task.head_end; h++) {
-                const int n = x + lanes < ring.width ? lanes : ring.width - x, local = h - task.head_begin;
-                if (has_keys) {
-                    Real *row =
-                        f.key_rows_copy + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width;
-                    pack_rows(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim, row, Real(1));
-                    if (attention)
-                        pack_transposed(row, width, n, p.dim, f.keys.row(local, slot) + x, ring.pitch, Real(1));
-                }
-                if (has_values)
-                    pack_transposed(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
-                                    f.values.row(local, slot) + x, ring.pitch, Real(1));
-            }
-        if (attention) pack_pairs_of(f.keys, slot, f.columns, f.tiles);
-        if (has_values) pack_pairs_of(f.values, slot, f.columns, f.tiles);
+        if (has_keys)
+            pack_values(f.key_rows_copy + slot * ring.natural_row(p.dim), f.key_head, p.dim, b.row, v.key, kz, ky,
+                        task.head_begin, task.head_end);
+        if (attention) pack_keys(f.keys, b.row, v.key, kz, ky, task.head_begin, slot);
+        if (has_values) pack_keys(f.values, b.row, v.value, kz, ky, task.head_begin, slot);
     };
     const Real key_factor = Real(1) / score_unit(p); // queries were packed times the unit
     const auto flush = [&](int kz, int ky, int slot) {
-        const auto leave = [&](Real *row, int channels, int wide, const View<G> &to, int x, int h, Real factor) {
-            unpack_rows(row, 1, channels, to.at(kz, ky, b.key_begin[2] + x, h), to.x, factor, target.add);
-            memset(row, 0, wide * sizeof(Real));
+        const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<G> &to, Real factor) {
+            const int64_t wide = round_up(channels);
+            const auto unpack = [&](int place, int h, bool add) {
+                Real *const row = rows + h * head_step + place * wide;
+                unpack_rows(row, 1, channels, to.at(kz, ky, b.row.key(place), task.head_begin + h), 0, factor, add);
+                for (int c = 0; c < channels; c += lanes) store(row + c, Vec{});
+            };
+            for_each_copy(b.row, [&](int place, int own) {
+                for (int h = 0; h < kv_heads; h++) {
+                    if (own < 0 || own >= ring.width) unpack(place, h, true); // a block: it adds to the tensor anyhow
+                    else move_row(rows + h * head_step + place * wide, rows + h * head_step + own * wide, channels);
+                }
+            });
+            for (int place = b.row.copies_left(); place < ring.width - b.row.copies_right(); place++)
+                for (int h = 0; h < kv_heads; h++) unpack(place, h, target.add);
         };
-        for (int x = 0; x < ring.width; x++)
-            for (int h = task.head_begin; h < task.head_end; h++) {
-                const int local = h - task.head_begin;
-                if (has_keys)
-                    leave(f.d_keys + local * f.key_head + slot * ring.natural_row(p.dim) + (int64_t)x * width, p.dim,
-                          width, target.d_key, x, h, key_factor);
-                if (has_values)
-                    leave(f.d_values + local * f.value_head + slot * ring.natural_row(p.dim_v) + (int64_t)x * width_v,
-                          p.dim_v, width_v, target.d_value, x, h, Real(1));
-            }
+        if (has_keys) leave(f.d_keys + slot * ring.natural_row(p.dim), f.key_head, p.dim, target.d_key, key_factor);
+        if (has_values)
+            leave(f.d_values + slot * ring.natural_row(p.dim_v), f.value_head, p.dim_v, target.d_value, Real(1));
     };
     for (int z = b.begin[0]; z < b.end[0]; z++)
         for (int y = b.begin[1]; y < b.end[1]; y += tile_rows) {
@@ -312,7 +312,7 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
             if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
             const NextRows next = next_rows(ring, b, m.axis[1], z, y);
             for (int i = 0; i < f.tiles.n; i += f.strip)
-                for (int h = task.head_begin; h < task.head_end; h++)
+                for (int h = task.head_begin; h < task.head_end; h += ring.heads)
                     for (int q = 0; q < group; q++) {
                         const int local = h - task.head_begin, head = h * group + q,
                                   n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;

@@ -38,7 +38,7 @@ struct Map {
 
 static GroupAxis group_axis(const Axis &a, int g) {
     const int start = a.group_start(g);
-    return {a.group_length(g), a.kernel, a.first + start, a.count + start};
+    return {a.group_length(g), a.kernel, a.before, a.first + start, a.count + start};
 }
 
 template <class T>
@@ -61,6 +61,7 @@ static View<Real> lse_view(const void *data, const Problem &p, const Map &m) {
 struct Block {
     int begin[3], end[3];         // query places
     int key_begin[3], key_end[3]; // key places they see
+    PackedRow row;                // those of the last axis, as they are packed
 };
 
 static Block make_block(const Map &m, const int *begin, const int *end) {
@@ -69,6 +70,7 @@ static Block make_block(const Map &m, const int *begin, const int *end) {
         b.begin[a] = begin[a], b.end[a] = end[a];
         b.key_begin[a] = m.axis[a].first[begin[a]], b.key_end[a] = m.axis[a].end(end[a] - 1);
     }
+    b.row = packed_row(m.axis[2], begin[2], end[2]);
     return b;
 }
 
@@ -130,6 +132,14 @@ static Task task_of(const Plan &plan, const Problem &p, int64_t i) {
     return t;
 }
 
+// Heads whose queries share vectors.
+static bool is_narrow(const Problem &p, const Map &m) {
+    return p.part == Part::attention && m.axis[2].length <= lanes / 2;
+}
+static int heads_in_lanes(const Problem &p, const Map &m, const Task &t) {
+    return is_narrow(p, m) && (t.head_end - t.head_begin) % 2 == 0 ? 2 : 1;
+}
+
 // Maps are numbered group by group, so that a task meets one geometry after another and each for all its images.
 static Map map_of(const Problem &p, int64_t number) {
     Map m;
@@ -161,7 +171,7 @@ static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int 
     if (plan.y_block < end[1]) begin[1] = (end[1] - plan.y_block) / 2, end[1] = begin[1] + plan.y_block;
     if (plan.x_block < end[2]) begin[2] = (end[2] - plan.x_block) / 2, end[2] = begin[2] + plan.x_block;
     const Block b = make_block(m, begin, end);
-    const int64_t channels = round_up(p.dim > p.dim_v ? p.dim : p.dim_v), width = b.key_end[2] - b.key_begin[2];
+    const int64_t channels = round_up(p.dim > p.dim_v ? p.dim : p.dim_v), width = b.row.width;
     return ring_shape(m, b).slots() * channels * (copies_transposed * (width + lanes) + copies_rows * width) *
            (int64_t)sizeof(Real);
 }
@@ -190,12 +200,13 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
 
     // As many neighbouring heads as fit: a token's channels lie side by side.
     const int64_t bytes = ring_bytes(p, m, plan, copies_transposed, copies_rows);
-    plan.heads_per_task = 1;
+    const int least_heads = is_narrow(p, m) && p.kv_heads > 1 ? 2 : 1;
+    plan.heads_per_task = least_heads;
     while (plan.heads_per_task * 2 <= p.kv_heads && plan.heads_per_task * 2 * bytes <= cache) plan.heads_per_task *= 2;
     // Enough tasks to keep many threads busy: images first, then heads, then places along an axis.
     plan.cut_axis = 0, plan.cuts = 1;
     const auto groups = [&] { return (p.kv_heads + plan.heads_per_task - 1) / plan.heads_per_task; };
-    while (plan.heads_per_task > 1 && plan.maps * groups() < enough_tasks) plan.heads_per_task /= 2;
+    while (plan.heads_per_task > least_heads && plan.maps * groups() < enough_tasks) plan.heads_per_task /= 2;
     plan.head_groups = groups();
     const int64_t have = plan.maps * plan.head_groups,
                   places = (int64_t)m.axis[0].length * m.axis[1].length * m.axis[2].length,

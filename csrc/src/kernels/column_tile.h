@@ -1,14 +1,24 @@
 // Queries of the last axis that share a vector, and how their keys are read.
 //
-//      first keys, window 7, 28 columns        0 0 0 0 1 2 3 4 ... 20 21 21 21 21
+//      windows of 7, moved into the map:    query        0   1   2   3   4   5   6   7
+//                                           first key    0   0   0   0   1   2   3   4
+//
+// A packed row of keys has copies at its ends, so that windows at a border slide like all others. They see the same keys in
+// another order, which only the bias must know:
+//
+//                  place    0 1 2 3 4 5 6 7 8 9 10 ...
+//                  key      4 5 6 0 1 2 3 4 5 6 7  ...         at the other end the last keys are followed by key - 7
+//                  query 0  x x x x x x x
+//                  query 1    x x x x x x x
+//
+// Where windows lie otherwise (strides, causal axes) or are long, the first keys of a tile decide:
 //
 //      shared     0 0 0 0                      every lane sees the same keys: offset j is one number for all
 //      sliding    1 2 3 4 5 6 7 8              lane l starts l keys further: offset j is one load
-//      paired     0 21 0 21 0 21 0 21          two shared groups of at most half a vector in alternating lanes, their keys packed
-//                                              in alternation too: offset j is one broadcast of two numbers
 //      permuted   anything, such as 2 2 4 4    the load of `sliding` and a permute, which costs as much as the products
 //
-// Both borders of a map make one paired tile, or two shared ones. Idle lanes are those past the last query.
+// A map of at most half a vector of columns takes two heads at once in alternating lanes, their keys alternating as well. Idle
+// lanes are those past the last query.
 #pragma once
 #include "../problem.h"
 #include "scores.h"
@@ -17,144 +27,149 @@ namespace nbhd::NBHD_ISA {
 
 // One axis of one dilation group, undilated: place u sees keys [first[u], first[u] + count[u]).
 struct GroupAxis {
-    int length, kernel;
+    int length, kernel, before; // see Axis
     const int32_t *first, *count;
     int end(int u) const { return first[u] + count[u]; }
+    // Whether packed rows have copies. Not for long windows: at a border of them whole vectors of queries share their keys.
+    bool wraps() const { return before >= 0 && kernel < length && kernel <= 2 * lanes; }
 };
 
-// Neighbouring queries of a tile, in lanes lane, lane + step, ... A permuted tile is cut where its first keys turn from staying to
+// Which keys of the last axis a packed row holds, place by place.
+struct PackedRow {
+    int begin, width; // key of place 0, were it no copy; number of places
+    int length, kernel;
+    int copies_left() const { return begin < 0 ? -begin : 0; }
+    int copies_right() const { return begin + width > length ? begin + width - length : 0; }
+    int key(int place) const {
+        const int k = begin + place;
+        return k < 0 ? k + kernel : k >= length ? k - kernel : k;
+    }
+};
+// Those that queries [x, x_end) see.
+static PackedRow packed_row(const GroupAxis &a, int x, int x_end) {
+    if (a.wraps()) return {x - a.before, x_end - x + a.kernel - 1, a.length, a.kernel};
+    return {a.first[x], a.end(x_end - 1) - a.first[x], a.length, a.kernel};
+}
+
+// Neighbouring queries of one head, in lanes lane, lane + step, ... A permuted tile is cut where its first keys turn from staying to
 // advancing, because the sums of neighbours go together where they do one or the other.
-constexpr int most_runs = 3;
+constexpr int most_cuts = 3, most_runs = 2 * most_cuts;
 struct Run {
     int x, n; // first query, number
     int lane, step;
     int index; // of the first query in the tile's order: run after run
+    int head;  // of the tile's
 };
 
 struct ColumnTile {
     Keys keys;
+    int heads;   // 1, or 2 in alternating lanes
     int runs, n; // queries of all runs
     Run run[most_runs];
-    int origin;         // first key of lane 0, counted as all keys here from the block's first key column
-    int pair;           // paired tiles are numbered: which packed copy of the keys
-    int pair_origin[2]; // first key of either group
-    bool masked;        // some lane sees fewer keys than the kernel
-    int bias_set;       // expanded bias table and gradient sums; 0: the sliding tiles' common one
-    int x[lanes];       // in the tile's order, as are the next two
-    int first[lanes], end[lanes];
-    int lane[lanes]; // of the query
-    int lane_x[lanes],
-        lane_query[lanes];  // by lane: the query, as a place and in the tile's order; idle lanes repeat the first one
-    int lane_column[lanes]; // by lane: column of the bias table for offset 0
-    Index index, count;     // by lane: key relative to lane 0's; number of keys
+    int origin;                             // place of lane 0's first key
+    bool masked;                            // some lane sees fewer keys than the kernel
+    int bias_set;                           // expanded bias table and gradient sums; 0: the sliding tiles' common one
+    int x[lanes], head[lanes], lane[lanes]; // in the tile's order
+    int first[lanes], end[lanes];           // places of the keys, in the tile's order
+    int lane_x[lanes], lane_query[lanes];   // by lane; idle lanes repeat the first query
+    Index lane_head;                        // all vectors are by lane
+    Index index, count;                     // key relative to lane 0's; number of keys
+    Index column;                           // of the bias table for offset 0, were it no copy
+    Index low, high;                        // offsets [low, high) are no copies
+    int wrap;                               // the kernel
+
+    int bias_column(int l, int offset) const {
+        return int(column[l]) + offset + (offset < low[l] ? wrap : offset >= high[l] ? -wrap : 0);
+    }
+    Index bias_columns(int offset) const { // not below 0
+        const Index o = Index{} + offset, w = Index{} + wrap, c = column + o + ((o < low) & w) - ((o >= high) & w);
+        return c & (c >= 0);
+    }
 };
 
-// Queries from x on whose first keys advance by `step`, all their keys in the window.
-static int run_length(const GroupAxis &a, int x, int x_end, int step) {
+// Queries from x on whose first keys advance by `step`, at most `most`.
+static int run_length(const GroupAxis &a, int x, int x_end, int step, int most) {
     int n = 1;
-    while (n < lanes && x + n < x_end && a.first[x + n] == a.first[x] + n * step) n++;
+    while (n < most && x + n < x_end && a.first[x + n] == a.first[x] + n * step) n++;
     return n;
 }
 
-static void add_run(ColumnTile &t, const GroupAxis &a, int x, int n, int lane, int step, int key_origin) {
-    t.run[t.runs++] = Run{x, n, lane, step, t.n};
+// n queries from x on; `cut` of them, from the tile's first, came before.
+static void add_run(ColumnTile &t, const GroupAxis &a, const PackedRow &row, int x, int n, int cut, int head) {
+    const int lane = cut * t.heads + head;
+    t.run[t.runs++] = Run{x, n, lane, t.heads, t.n, head};
     for (int i = 0; i < n; i++, t.n++) {
-        const int u = x + i, l = lane + i * step;
-        t.x[t.n] = u, t.lane[t.n] = l, t.lane_x[l] = u, t.lane_query[l] = t.n;
-        t.first[t.n] = a.first[u] - key_origin, t.end[t.n] = t.first[t.n] + a.count[u];
-        t.lane_column[l] = a.first[u] - u + a.kernel - 1;
+        const int u = x + i, l = lane + i * t.heads, start = a.wraps() ? u - a.before : a.first[u];
+        t.x[t.n] = u, t.head[t.n] = head, t.lane[t.n] = l;
+        t.first[t.n] = start - row.begin, t.end[t.n] = t.first[t.n] + a.count[u];
+        t.lane_x[l] = u, t.lane_head[l] = head, t.lane_query[l] = t.n;
+        t.column[l] = start - u + a.kernel - 1;
+        t.low[l] = start < 0 ? -start : 0;
+        t.high[l] = start + a.kernel > a.length ? a.length - start : a.kernel;
         t.count[l] = a.count[u];
-        t.index[l] = t.first[t.n] - t.origin;
+        t.index[l] = t.heads * (t.first[t.n] - t.origin) + head;
         if (a.count[u] < a.kernel) t.masked = true;
     }
 }
 
-// What the tile that begins at x will be: n queries from there. `last`: a permuted tile may save one or two at the end.
+// What the tile that begins at x will be: n queries from there.
 struct TileKind {
     Keys keys;
     int x, n;
 };
-static TileKind tile_kind(const GroupAxis &a, int x, int x_end, bool last) {
-    const int shared = run_length(a, x, x_end, 0), sliding = run_length(a, x, x_end, 1),
+static TileKind tile_kind(const GroupAxis &a, int x, int x_end, int heads) {
+    const int wide = lanes / heads;
+    if (a.wraps()) return {Keys::sliding, x, x_end - x < wide ? x_end - x : wide};
+    const int shared = run_length(a, x, x_end, 0, wide), sliding = run_length(a, x, x_end, 1, wide),
               most = shared > sliding ? shared : sliding;
     int permuted = most; // the permute reaches lanes - 1 keys past lane 0's
-    while (permuted < lanes && x + permuted < x_end && a.first[x + permuted] - a.first[x] < lanes) permuted++;
-    if (permuted > 2 * most || (last && permuted > most && x + permuted == x_end)) return {Keys::permuted, x, permuted};
+    while (permuted < wide && x + permuted < x_end && a.first[x + permuted] - a.first[x] < wide) permuted++;
+    if (permuted > 2 * most || (permuted > most && x + permuted == x_end)) return {Keys::permuted, x, permuted};
     return {sliding >= shared ? Keys::sliding : Keys::shared, x, most};
 }
 
-static void start_tile(ColumnTile &t, const GroupAxis &a, Keys keys, int x, int key_origin) {
+static void make_tile(ColumnTile &t, const GroupAxis &a, const PackedRow &row, TileKind kind, int heads) {
     t = ColumnTile{};
-    for (int l = 0; l < lanes; l++) t.lane_x[l] = x;
-    t.keys = keys, t.origin = a.first[x] - key_origin, t.count = Index{} + a.kernel;
-}
-static void make_tile(ColumnTile &t, const GroupAxis &a, TileKind kind, int key_origin) {
-    start_tile(t, a, kind.keys, kind.x, key_origin);
+    t.keys = kind.keys, t.heads = heads, t.wrap = a.kernel, t.count = Index{} + a.kernel;
+    t.origin = (a.wraps() ? kind.x - a.before : a.first[kind.x]) - row.begin;
     const int end = kind.x + kind.n;
-    int ends[most_runs + 1] = {kind.x}, runs = 0; // where each ends
-    for (int x = kind.x; x < end && runs < most_runs;) {
-        const int shared = run_length(a, x, end, 0), sliding = run_length(a, x, end, 1);
-        ends[++runs] = x += shared > sliding ? shared : sliding;
+    int ends[most_cuts + 1] = {kind.x, end}, cuts = 1; // where each piece ends
+    if (kind.keys == Keys::permuted) {
+        cuts = 0;
+        for (int x = kind.x; x < end && cuts < most_cuts;) {
+            const int shared = run_length(a, x, end, 0, lanes), sliding = run_length(a, x, end, 1, lanes);
+            ends[++cuts] = x += shared > sliding ? shared : sliding;
+        }
+        if (ends[cuts] < end) ends[cuts = 1] = end; // no pattern
     }
-    if (ends[runs] < end) ends[runs = 1] = end; // no pattern
-    for (int i = 0; i < runs; i++) add_run(t, a, ends[i], ends[i + 1] - ends[i], ends[i] - kind.x, 1, key_origin);
-}
-
-// Joins two shared tiles of at most half a vector each. Not where windows are so long that the second copy of keys would weigh.
-static bool can_pair(TileKind t, int kernel) {
-    return t.keys == Keys::shared && t.n <= lanes / 2 && kernel <= 4 * lanes;
-}
-static void make_pair(ColumnTile &t, const GroupAxis &a, TileKind one, TileKind other, int key_origin) {
-    start_tile(t, a, Keys::paired, one.x, key_origin);
-    t.pair_origin[0] = t.origin, t.pair_origin[1] = a.first[other.x] - key_origin;
-    add_run(t, a, one.x, one.n, 0, 2, key_origin);
-    add_run(t, a, other.x, other.n, 1, 2, key_origin);
+    for (int head = 0; head < heads; head++)
+        for (int i = 0; i < cuts; i++) add_run(t, a, row, ends[i], ends[i + 1] - ends[i], ends[i] - kind.x, head);
+    for (int l = 0; l < lanes; l++) // idle lanes
+        if (l >= heads * kind.n) {
+            t.lane_x[l] = kind.x, t.column[l] = t.column[0];
+            t.low[l] = t.low[0], t.high[l] = t.high[0];
+        }
 }
 
 struct ColumnTiles {
-    int n, sets, pairs; // tiles, expanded bias tables (the common one included), paired tiles
+    int n, sets; // tiles, expanded bias tables (the common one included)
+    bool common; // whether some tile uses that
 };
 
 // Tiles of the queries [x, x_end); with no array only counts.
-static ColumnTiles make_column_tiles(const GroupAxis &a, int x, int x_end, int key_origin, ColumnTile *tiles) {
-    ColumnTiles c{0, 1, 0};
-    TileKind waiting{}; // a shared tile that looks for a partner
-    bool waits = false;
-    int common = -1; // bias column of the sliding tiles
-    // Whether the tile needs tables of its own for the bias.
-    const auto number = [&](TileKind t, bool paired) {
-        bool masked = false;
-        for (int i = 0; i < t.n; i++) masked |= a.count[t.x + i] < a.kernel;
-        const int column = a.first[t.x] - t.x + a.kernel - 1;
-        const bool sliding = t.keys == Keys::sliding && !masked && !paired;
-        if (sliding && common < 0) common = column;
-        ColumnTile *const to = tiles ? tiles + c.n : nullptr;
-        if (!sliding || column != common) {
-            if (to) to->bias_set = c.sets;
-            c.sets++;
-        }
-        if (paired) {
-            if (to) to->pair = c.pairs;
-            c.pairs++;
-        }
-        c.n++;
-    };
-    while (x < x_end) {
-        const TileKind kind = tile_kind(a, x, x_end, !waits);
-        x += kind.n;
-        if (!can_pair(kind, a.kernel)) {
-            if (tiles) make_tile(tiles[c.n], a, kind, key_origin);
-            number(kind, false);
-        } else if (waits) {
-            if (tiles) make_pair(tiles[c.n], a, waiting, kind, key_origin);
-            number(waiting, true), waits = false;
-        } else {
-            waiting = kind, waits = true;
-        }
-    }
-    if (waits) {
-        if (tiles) make_tile(tiles[c.n], a, waiting, key_origin);
-        number(waiting, false);
+static ColumnTiles make_column_tiles(const GroupAxis &a, const PackedRow &row, int x, int x_end, int heads,
+                                     ColumnTile *tiles) {
+    ColumnTiles c{0, 1, false};
+    int common = 0; // bias column of the sliding tiles
+    for (TileKind kind; x < x_end; x += kind.n, c.n++) {
+        kind = tile_kind(a, x, x_end, heads);
+        ColumnTile t;
+        make_tile(t, a, row, kind, heads);
+        bool alike = kind.keys == Keys::sliding && heads == 1 && !t.masked;
+        for (int l = 0; l < kind.n; l++) alike &= t.low[l] == 0 && t.high[l] == a.kernel;
+        if (alike && !c.common) c.common = true, common = int(t.column[0]);
+        if (!alike || t.column[0] != common) t.bias_set = c.sets++;
+        if (tiles) tiles[c.n] = t;
     }
     return c;
 }

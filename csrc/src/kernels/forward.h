@@ -25,10 +25,10 @@ struct ForwardBuffers {
     int *slot_order; // of the halves
 };
 
-static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, ColumnTile *&tiles) {
-    const ColumnTiles n = make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], nullptr);
+static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, int heads, ColumnTile *&tiles) {
+    const ColumnTiles n = make_column_tiles(m.axis[2], b.row, b.begin[2], b.end[2], heads, nullptr);
     tiles = arena.take<ColumnTile>(n.n);
-    return tiles ? make_column_tiles(m.axis[2], b.begin[2], b.end[2], b.key_begin[2], tiles) : n;
+    return tiles ? make_column_tiles(m.axis[2], b.row, b.begin[2], b.end[2], heads, tiles) : n;
 }
 
 // Column tiles of a strip, for which queries lie in the first-level cache, and scores too or, of long windows, in the second.
@@ -45,14 +45,14 @@ static int strip_tiles(const Problem &p, int copies) {
 
 static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
-    f.ring = make_ring(m, b);
-    f.tiles = lay_out_columns(arena, m, b, f.columns);
+    f.ring = make_ring(m, b, heads_in_lanes(p, m, t));
+    f.tiles = lay_out_columns(arena, m, b, f.ring.heads, f.columns);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.values_head = f.ring.shape.slots() * f.ring.natural_row(p.dim_v);
-    if (p.part != Part::sum) f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads, f.tiles.pairs);
+    if (p.part != Part::sum) f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads);
     if (p.part != Part::scores) f.values = arena.take<Real>(kv_heads * f.values_head);
     if (p.part != Part::attention) f.slot_order = arena.take<int>(p.window());
-    lay_out_bias(f.bias, arena, p, heads, f.tiles.sets, false);
+    lay_out_bias(f.bias, arena, p, heads, f.tiles, f.ring.heads, false);
     f.strip = strip_tiles(p, 1);
     f.query = arena.take<Real>(f.strip * tile_rows * p.dim * lanes);
     f.scores = arena.take<Real>((int64_t)f.strip * tile_rows * p.window() * lanes);
@@ -61,7 +61,7 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim_v));
 }
 
-// Scores of a whole tile with packed keys of one head, from bias table `head` when start says so.
+// Scores of a whole tile with packed keys of the heads in its lanes, the first of them `kv_head` and, of queries, `head`.
 struct TileScores {
     const RowTile *rows;
     const KeyRow *begin, *end; // of the tile's key rows, those to do now
@@ -70,7 +70,7 @@ struct TileScores {
     int kv_head;
     const Real *query;      // [row][channel][lane]
     const BiasTables *bias; // or null
-    int head;               // of the bias tables
+    int head;
     int kernel_x, kernel_y;
     int64_t row_scores; // from a query row to the next
     Real *scores;       // [row][slot][lane]
@@ -82,7 +82,7 @@ static int key_rows_at_once(const PackedKeys &keys, int tiles) {
     const int64_t bytes = ((int64_t)tiles * lanes + keys.kernel) * keys.channels * (int64_t)sizeof(Real);
     return bytes > 8 * 1024 ? 1 : int(16 * 1024 / bytes);
 }
-template <Keys mode, int kernel>
+template <Keys mode, int heads, int kernel>
 static void tile_scores_as(const TileScores &s) {
     const RowTile &t = *s.rows;
     const ColumnTile &c = *s.columns;
@@ -91,12 +91,12 @@ static void tile_scores_as(const TileScores &s) {
     ScoreRow b;
     b.score_step = kernel ? kernel * lanes : s.kernel_y * lanes;
     b.bias_step = biased && s.bias->expanded ? s.bias->rows_y * lanes : b.score_step;
-    b.query_row = (int64_t)keys.channels * lanes, b.pitch = mode == Keys::paired ? 2 * s.kernel_x : keys.pitch,
-    b.channels = keys.channels, b.index = &c.index, b.maximum_row = lanes;
+    b.query_row = (int64_t)keys.channels * lanes, b.pitch = keys.pitch, b.channels = keys.channels, b.index = &c.index,
+    b.maximum_row = lanes;
     b.start = !biased ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
-    const Real *const key_base =
-        mode == Keys::paired ? keys.pair_row(s.kv_head, c.pair, 0) : keys.row(s.kv_head, 0) + c.origin;
-    const int64_t key_row = mode == Keys::paired ? keys.pair_row_size() : keys.row_size();
+    const Real *const key_base = keys.row(s.kv_head, 0) + heads * c.origin;
+    const int64_t key_row = keys.row_size();
+    const int table = biased ? s.bias->table_of(s.head) : 0;
     Real *scores[tile_rows];
     for (int r = 0; r < t.n; r++) scores[r] = s.scores + r * s.row_scores - (int64_t)t.shift[r] * lanes;
     for (const KeyRow *key = s.begin; key < s.end; key++) {
@@ -107,21 +107,21 @@ static void tile_scores_as(const TileScores &s) {
         b.maximum = s.maximum ? s.maximum + begin * lanes : nullptr;
         for (int k = 0; k < n; k++) b.scores[k] = scores[begin + k] + (int64_t)key->slot * lanes;
         if (b.start == Start::shared) {
-            const Real *row = s.bias->compact_row(s.head, key->bias_row - begin) + c.lane_column[0];
+            const Real *row = s.bias->compact_row(s.head, key->bias_row - begin) + c.column[0];
             for (int k = 0; k < n; k++, row -= s.bias->columns) b.bias[k] = row;
         } else if (b.start == Start::by_lane) {
             for (int k = 0; k < n; k++) {
                 const int row = key->bias_row - begin - k;
-                if (s.bias->expanded) b.bias[k] = s.bias->table_row(s.head, c.bias_set, row);
-                else gather_bias(*s.bias, s.head, row, c, b.scores[k], b.score_step), b.bias[k] = b.scores[k];
+                if (s.bias->expanded) b.bias[k] = s.bias->table_row(table, c.bias_set, row);
+                else expand_bias(*s.bias, table, row, c, b.scores[k], b.score_step), b.bias[k] = b.scores[k];
             }
         }
         switch (n) {
-        case 1: score_row<1, mode, kernel>(b, s.kernel_x); break;
-        case 2: score_row<2, mode, kernel>(b, s.kernel_x); break;
-        case 3: score_row<3, mode, kernel>(b, s.kernel_x); break;
+        case 1: score_row<1, mode, heads, kernel>(b, s.kernel_x); break;
+        case 2: score_row<2, mode, heads, kernel>(b, s.kernel_x); break;
+        case 3: score_row<3, mode, heads, kernel>(b, s.kernel_x); break;
         case 4:
-            if constexpr (tile_rows > 3) score_row<4, mode, kernel>(b, s.kernel_x);
+            if constexpr (tile_rows > 3) score_row<4, mode, heads, kernel>(b, s.kernel_x);
             break;
         }
     }
@@ -129,11 +129,17 @@ static void tile_scores_as(const TileScores &s) {
 
 template <int kernel>
 static void tile_scores_of(const TileScores &s) {
+    constexpr int common = kernel <= 5 ? kernel : 0; // permuted tiles are rare, and slow anyhow
     switch (s.columns->keys) {
-    case Keys::sliding: return tile_scores_as<Keys::sliding, kernel>(s);
-    case Keys::shared: return tile_scores_as<Keys::shared, kernel>(s);
-    case Keys::paired: return tile_scores_as<Keys::paired, kernel>(s);
-    case Keys::permuted: return tile_scores_as<Keys::permuted, kernel>(s);
+    case Keys::sliding:
+        if (s.columns->heads == 2) return tile_scores_as<Keys::sliding, 2, kernel>(s);
+        return tile_scores_as<Keys::sliding, 1, kernel>(s);
+    case Keys::shared:
+        if (s.columns->heads == 2) return tile_scores_as<Keys::shared, 2, kernel>(s);
+        return tile_scores_as<Keys::shared, 1, kernel>(s);
+    case Keys::permuted:
+        if (s.columns->heads == 2) return tile_scores_as<Keys::permuted, 2, 0>(s);
+        return tile_scores_as<Keys::permuted, 1, common>(s);
     }
 }
 static void tile_scores(const TileScores &s) {
@@ -165,7 +171,7 @@ static TileGroup group_of(const TileScores &s, int n) {
     const ColumnTile *c = s.columns;
     const int most = 1 + s.kernel_x / (2 * lanes);
     TileGroup g{1, c[0].keys == Keys::sliding ? lanes : 0};
-    if (s.rows->n > 1 || (c[0].keys != Keys::sliding && c[0].keys != Keys::shared)) return g;
+    if (s.rows->n > 1 || c[0].heads > 1 || c[0].keys == Keys::permuted) return g;
     if (s.bias && s.bias->present && c[0].bias_set) return g;
     while (g.tiles < n && g.tiles < tile_rows && g.tiles < most) {
         const ColumnTile &next = c[g.tiles];
@@ -203,7 +209,7 @@ static void group_scores_as(const TileScores &s, TileGroup g, int64_t query_tile
             for (int k = 0; k < tiles; k++) {
                 const int r = first_tile + k;
                 b.scores[k] = s.scores + r * score_tile + (int64_t)key->slot * lanes - r * g.advance * b.score_step;
-                if (biased) b.bias[k] = s.bias->compact_row(s.head, key->bias_row) + c.lane_column[0] - r * g.advance;
+                if (biased) b.bias[k] = s.bias->compact_row(s.head, key->bias_row) + c.column[0] - r * g.advance;
             }
             switch (tiles) {
             case 1: score_span<1, mode>(b, from, to); break;
@@ -250,12 +256,12 @@ struct ForwardViews {
 
 // Weights of a query row, from scores of which `m` is the largest; returns 1 / their sum.
 static Vec softmax_row(Real *scores, int slots, Vec m, const View<Real> &lse, const RowTile &t, int r,
-                       const ColumnTile &c, int head) {
+                       const ColumnTile &c, int head, int group) {
     const Vec sum = exponentials(scores, slots, m);
     if (lse.data) {
         const Vec l = (m + log2(sum)) * splat(ln_2);
         Real *to = lse.at(t.z, t.y + r, 0, head);
-        for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x] = l[c.lane[i]];
+        for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x + c.head[i] * group * lse.head] = l[c.lane[i]];
     }
     return splat(Real(1)) / sum;
 }
@@ -263,16 +269,17 @@ static Vec softmax_row(Real *scores, int slots, Vec m, const View<Real> &lse, co
 template <class T>
 static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuffers &f, const RowTile &t,
                           const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Ahead &ahead) {
-    const int slots = p.window();
+    const int slots = p.window(), group = p.queries_per_kv_head();
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
                   query_row = (int64_t)p.dim * lanes, tile_query = tile_rows * query_row;
     if (p.part != Part::sum) {
         for (int k = 0; k < n; k++) {
             const ColumnTile &c = columns[k];
+            int64_t token[lanes];
+            for (int l = 0; l < lanes; l++) token[l] = c.lane_x[l] * v.query.x + c.lane_head[l] * group * v.query.head;
             for (int r = 0; r < t.n; r++) {
-                const T *const row = v.query.at(t.z, t.y + r, 0, head), *token[lanes];
-                for (int l = 0; l < lanes; l++) token[l] = row + c.lane_x[l] * v.query.x;
-                pack_lanes(token, p.dim, f.query + k * tile_query + r * query_row, Real(p.scale) * score_unit(p));
+                pack_lanes(v.query.at(t.z, t.y + r, 0, head), token, lanes, p.dim,
+                           f.query + k * tile_query + r * query_row, lanes, Real(p.scale) * score_unit(p));
                 store(f.maximum + (k * tile_rows + r) * lanes, splat(nothing));
             }
         }
@@ -287,13 +294,14 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
         if (p.part != Part::scores && !p.small)
             for (int i = 0; i < c.runs; i++)
                 for (int r = 0; r < t.n; r++)
-                    prefetch_to_write(v.out.at(t.z, t.y + r, c.run[i].x, head), v.out.x, c.run[i].n, p.dim_v);
+                    prefetch_to_write(v.out.at(t.z, t.y + r, c.run[i].x, head + c.run[i].head * group), v.out.x,
+                                      c.run[i].n, p.dim_v);
         for (int r = 0; r < t.n; r++) {
             Real *scores = f.scores + k * tile_scores + r * row_scores;
             if (p.part == Part::attention) {
                 Vec m = load(f.maximum + (k * tile_rows + r) * lanes);
                 if (holes) fill_holes(scores, t, r, c, p, nothing), m = row_maximum(scores, slots);
-                store(f.normaliser + r * lanes, softmax_row(scores, slots, m, v.lse, t, r, c, head));
+                store(f.normaliser + r * lanes, softmax_row(scores, slots, m, v.lse, t, r, c, head, group));
             } else if (p.part == Part::scores) {
                 if (holes) fill_holes(scores, t, r, c, p, -Real(__builtin_inf()));
                 write_slots(scores, f.slot_order, slots, v.weights, t, r, c, head);
@@ -304,13 +312,14 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
         if (p.part == Part::scores) continue;
         WeightedSum s;
         s.weights = f.scores + k * tile_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
-        s.values = f.values + local_kv_head * f.values_head, s.ring_row = f.ring.natural_row(p.dim_v),
-        s.width = round_up(p.dim_v);
+        s.ring_row = f.ring.natural_row(p.dim_v), s.width = round_up(p.dim_v);
         s.rows = &t, s.normaliser = p.part == Part::attention ? f.normaliser : nullptr, s.factor = 1;
         for (int i = 0; i < c.runs; i++) {
             const Run &run = c.run[i];
             s.first = c.first + run.index, s.end = c.end + run.index, s.lane = run.lane, s.lane_step = run.step;
-            weighted_sum_to(s, run.n, v.out.at(t.z, t.y, run.x, head), v.out.y, v.out.x, p.dim_v, f.out);
+            s.values = f.values + (local_kv_head + run.head) * f.values_head;
+            weighted_sum_to(s, run.n, v.out.at(t.z, t.y, run.x, head + run.head * group), v.out.y, v.out.x, p.dim_v,
+                            f.out);
         }
     }
 }
@@ -337,24 +346,15 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
             leading_range(f.ring, m, z, y, n, from, to);
             if (f.ring.packed < from) f.ring.packed = from;
             for_each_row(f.ring, b, f.ring.packed, to, [&](int kz, int ky, int slot) {
-                for (int x = 0; x < f.ring.width; x += lanes) // heads inside: a token's channels lie side by side
-                    for (int h = task.head_begin; h < task.head_end; h++) {
-                        const int n = x + lanes < f.ring.width ? lanes : f.ring.width - x, local = h - task.head_begin;
-                        if (p.part != Part::sum)
-                            pack_transposed(v.key.at(kz, ky, b.key_begin[2] + x, h), v.key.x, n, p.dim,
-                                            f.keys.row(local, slot) + x, f.keys.pitch, Real(1));
-                        if (p.part != Part::scores)
-                            pack_rows(v.value.at(kz, ky, b.key_begin[2] + x, h), v.value.x, n, p.dim_v,
-                                      f.values + local * f.values_head + slot * f.ring.natural_row(p.dim_v) +
-                                          (int64_t)x * round_up(p.dim_v),
-                                      Real(1));
-                    }
-                if (p.part != Part::sum) pack_pairs_of(f.keys, slot, f.columns, f.tiles);
+                if (p.part != Part::sum) pack_keys(f.keys, b.row, v.key, kz, ky, task.head_begin, slot);
+                if (p.part != Part::scores)
+                    pack_values(f.values + slot * f.ring.natural_row(p.dim_v), f.values_head, p.dim_v, b.row, v.value,
+                                kz, ky, task.head_begin, task.head_end);
             });
             if (f.ring.packed < to) f.ring.packed = to;
             const NextRows next = next_rows(f.ring, b, m.axis[1], z, y);
             for (int i = 0; i < f.tiles.n; i += f.strip)
-                for (int h = task.head_begin; h < task.head_end; h++)
+                for (int h = task.head_begin; h < task.head_end; h += f.ring.heads)
                     for (int q = 0; q < group; q++) {
                         const int local = h - task.head_begin, head = h * group + q,
                                   n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;

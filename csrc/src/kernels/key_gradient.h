@@ -178,11 +178,11 @@ NBHD_INLINE void add_span(Vec (&a)[n][vectors], int low, int high, const Real *w
     NBHD_CASE(0, high)                                                                                                 \
     NBHD_CASE(1, high)                                                                                                 \
     NBHD_CASE(2, high)                                                                                                 \
-    NBHD_CASE(3, high) NBHD_CASE(4, high) NBHD_CASE(5, high) NBHD_CASE(6, high) NBHD_CASE(7, high) NBHD_CASE(8, high)  \
-        NBHD_CASE(9, high)
+    NBHD_CASE(3, high)                                                                                                 \
+    NBHD_CASE(4, high) NBHD_CASE(5, high) NBHD_CASE(6, high) NBHD_CASE(7, high) NBHD_CASE(8, high) NBHD_CASE(9, high)
         NBHD_CASES(1)
-        NBHD_CASES(2) NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8) NBHD_CASES(9)
-            NBHD_CASES(10)
+        NBHD_CASES(2)
+        NBHD_CASES(3) NBHD_CASES(4) NBHD_CASES(5) NBHD_CASES(6) NBHD_CASES(7) NBHD_CASES(8) NBHD_CASES(9) NBHD_CASES(10)
 #undef NBHD_CASES
 #undef NBHD_CASE
     }

@@ -1,9 +1,9 @@
 // Copies of tokens in the two orders the kernels read.
 //
-//     pack_rows        dst[token][channel]       lanes of a vector are channels
-//     pack_transposed  dst[channel][token]       lanes of a vector are tokens
+//     pack_rows     dst[token][channel]       lanes of a vector are channels
+//     pack_lanes    dst[channel][token]       lanes of a vector are tokens
 //
-// Both multiply by `factor` and pad with zeros up to whole vectors.
+// Both multiply by `factor`; rows are padded with zeros up to whole vectors.
 #pragma once
 #include "element.h"
 
@@ -27,64 +27,34 @@ static void pack_rows(const T *src, int64_t stride, int n, int channels, Real *d
     }
 }
 
-// dst has one row of `pitch` Reals for each channel, with room for round_up(n).
+// One vector of tokens: dst[channel * pitch + lane], lane l from src + token[l]; lanes from n on are zero.
 template <class T>
-static void pack_transposed(const T *src, int64_t stride, int n, int channels, Real *dst, int pitch, Real factor) {
-    alignas(64) static const T zeros[lanes] = {};
-    const Vec f = splat(factor);
-    for (int t = 0; t < n; t += lanes)
-        for (int c = 0; c < channels; c += lanes) {
-            const int rows = channels - c < lanes ? channels - c : lanes;
-            Vec r[lanes];
-#pragma GCC unroll 16
-            for (int i = 0; i < lanes; i++) {
-                const T *s = src + (t + i) * stride + c;
-                if (t + i >= n) s = zeros;
-                r[i] = (rows == lanes || t + i >= n ? load(s) : load_part(s, rows)) * f;
-            }
-            transpose(r);
-            if (rows == lanes) {
-#pragma GCC unroll 16
-                for (int i = 0; i < lanes; i++) store(dst + (c + i) * (int64_t)pitch + t, r[i]);
-            } else {
-                for (int i = 0; i < rows; i++) store(dst + (c + i) * (int64_t)pitch + t, r[i]);
-            }
-        }
-}
-
-// Queries of one vector: dst[channel][lane], token[l] the channels of lane l. Idle lanes repeat a query: nobody reads their results.
-template <class T>
-NBHD_INLINE void pack_lanes(const T *const *token, int channels, Real *dst, Real factor) {
+NBHD_INLINE void pack_lanes(const T *src, const int64_t *token, int n, int channels, Real *dst, int64_t pitch,
+                            Real factor) {
     const Vec f = splat(factor);
     for (int c = 0; c < channels; c += lanes) {
         const int rows = channels - c < lanes ? channels - c : lanes;
         Vec r[lanes];
+#if !NBHD_DOUBLE
+        if constexpr (sizeof(T) == sizeof(float))
+            if (n >= lanes && rows == lanes) {
+                load_transposed(r, src + c, token);
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; l++) r[l] = (rows == lanes ? load(token[l] + c) : load_part(token[l] + c, rows)) * f;
+                for (int i = 0; i < lanes; i++) store(dst + (c + i) * pitch, r[i] * f);
+                continue;
+            }
+#endif
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; l++)
+            r[l] = l < n ? rows == lanes ? load(src + token[l] + c) : load_part(src + token[l] + c, rows) : Vec{};
         transpose(r);
         if (rows == lanes) {
 #pragma GCC unroll 16
-            for (int i = 0; i < lanes; i++) store(dst + (c + i) * lanes, r[i]);
+            for (int i = 0; i < lanes; i++) store(dst + (c + i) * pitch, r[i] * f);
         } else {
-            for (int i = 0; i < rows; i++) store(dst + (c + i) * lanes, r[i]);
+            for (int i = 0; i < rows; i++) store(dst + (c + i) * pitch, r[i] * f);
         }
     }
-}
-
-template <int... i>
-NBHD_INLINE void alternate(Vec a, Vec b, Vec &low, Vec &high, Sequence<i...>) {
-    low = __builtin_shufflevector(a, b, (i / 2 + (i & 1) * lanes)...);
-    high = __builtin_shufflevector(a, b, (i / 2 + (i & 1) * lanes + lanes / 2)...);
-}
-// Keys of a paired tile: dst[channel][offset][2] from a transposed row, `a` and `b` the first keys of the two groups. Writes
-// whole vectors: up to 2 * lanes Reals past the end.
-static void pack_pairs(const Real *src, int pitch, int channels, int a, int b, int kernel, Real *dst) {
-    for (int c = 0; c < channels; c++, src += pitch, dst += 2 * kernel)
-        for (int j = 0; j < kernel; j += lanes) {
-            Vec low, high;
-            alternate(load(src + a + j), load(src + b + j), low, high, EachLane{});
-            store(dst + 2 * j, low), store(dst + 2 * j + lanes, high);
-        }
 }
 
 // Packed rows back to tensor tokens: dst = factor * src, or dst + factor * src.
@@ -101,6 +71,14 @@ static void unpack_rows(const Real *src, int n, int channels, T *dst, int64_t st
             const Vec v = load(src + whole) * f;
             store_part(dst + whole, add ? v + load_part(dst + whole, rest) : v, rest);
         }
+    }
+}
+
+// Adds a packed row to another one and leaves zeros.
+NBHD_INLINE void move_row(Real *from, Real *to, int channels) {
+    for (int c = 0; c < channels; c += lanes) {
+        store(to + c, load(to + c) + load(from + c));
+        store(from + c, Vec{});
     }
 }
 

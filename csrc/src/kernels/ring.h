@@ -14,18 +14,18 @@ namespace nbhd::NBHD_ISA {
 
 struct Ring {
     RingShape shape;
-    int width, pitch;    // keys of a row; channel pitch of the transposed copies
+    int heads;           // in the lanes
+    int width, pitch;    // places of a row; channel pitch of the transposed copies
     int packed, flushed; // places along the leading axis
 
-    static int pitch_for(int width) { return round_up(width + lanes - 1); }
     int64_t natural_row(int channels) const { return (int64_t)width * round_up(channels); }
 };
 
-static Ring make_ring(const Map &m, const Block &b) {
+static Ring make_ring(const Map &m, const Block &b, int heads) {
     Ring r;
     r.shape = ring_shape(m, b);
-    r.width = b.key_end[2] - b.key_begin[2];
-    r.pitch = Ring::pitch_for(r.width);
+    r.heads = heads, r.width = b.row.width;
+    r.pitch = round_up(r.width * heads + lanes - 1);
     r.packed = r.flushed = 0;
     return r;
 }
@@ -103,25 +103,20 @@ static NextRows next_rows(const Ring &r, const Block &b, const GroupAxis &y_axis
     return n;
 }
 
-// Transposed keys (or values) of the ring for all heads of a task, [head][slot][channel][key], and the copies that paired
-// column tiles read, [head][pair][slot][channel][offset][2].
+// Transposed keys (or values) of the ring for all heads of a task, [head][slot][channel][key] or, with two heads in the lanes,
+// [pair of heads][slot][channel][key][2].
 struct PackedKeys {
-    Real *data, *pairs;
-    int heads, n_pairs, slots, channels, pitch, kernel;
+    Real *data;
+    int lane_heads, heads, slots, channels, pitch, kernel;
 
     int64_t row_size() const { return (int64_t)channels * pitch; }
-    int64_t pair_row_size() const { return (int64_t)channels * 2 * kernel + 2 * lanes; }
-    Real *row(int head, int slot) const { return data + ((int64_t)head * slots + slot) * row_size(); }
-    Real *pair_row(int head, int pair, int slot) const {
-        return pairs + (((int64_t)head * n_pairs + pair) * slots + slot) * pair_row_size();
-    }
-    int64_t size() const { return heads * slots * row_size() + lanes; }
+    Real *row(int head, int slot) const { return data + ((int64_t)(head / lane_heads) * slots + slot) * row_size(); }
+    int64_t size() const { return heads / lane_heads * slots * row_size() + lanes; }
 };
 
-static PackedKeys lay_out_keys(Arena &arena, const Ring &ring, int channels, int kernel, int heads, int n_pairs) {
-    PackedKeys k{nullptr, nullptr, heads, n_pairs, ring.shape.slots(), channels, ring.pitch, kernel};
+static PackedKeys lay_out_keys(Arena &arena, const Ring &ring, int channels, int kernel, int heads) {
+    PackedKeys k{nullptr, ring.heads, heads, ring.shape.slots(), channels, ring.pitch, kernel};
     k.data = arena.take<Real>(k.size());
-    k.pairs = arena.take<Real>(heads * n_pairs * k.slots * k.pair_row_size());
     return k;
 }
 // Idle lanes read past the keys of a row: numbers, not whatever the memory held.
@@ -129,15 +124,47 @@ static void clear(const PackedKeys &k) {
     if (k.data) memset(k.data, 0, k.size() * sizeof(Real));
 }
 
-// The copies for paired tiles of one packed row, all heads.
-static void pack_pairs_of(const PackedKeys &k, int slot, const ColumnTile *tiles, const ColumnTiles &n) {
-    if (!n.pairs) return;
-    for (int i = 0; i < n.n; i++) {
-        if (tiles[i].keys != Keys::paired) continue;
-        for (int h = 0; h < k.heads; h++)
-            pack_pairs(k.row(h, slot), k.pitch, k.channels, tiles[i].pair_origin[0], tiles[i].pair_origin[1], k.kernel,
-                       k.pair_row(h, tiles[i].pair, slot));
+// Packs row (z, y) of the keys of all heads of a task, whose first is `head`. Heads inside: a token's channels lie side by side.
+template <class T, int lane_heads>
+static void pack_keys_of(const PackedKeys &k, const PackedRow &row, const View<const T> &v, int z, int y, int head,
+                         int slot) {
+    const int n = row.width * lane_heads;
+    for (int i = 0; i < n; i += lanes) {
+        int64_t token[lanes];
+        for (int l = 0; l < lanes; l++)
+            token[l] = row.key((i + l < n ? i + l : i) / lane_heads) * v.x + l % lane_heads * v.head;
+        for (int h = 0; h < k.heads; h += lane_heads)
+            pack_lanes(v.at(z, y, 0, head + h), token, n - i, k.channels, k.row(h, slot) + i, k.pitch, Real(1));
     }
+}
+template <class T>
+static void pack_keys(const PackedKeys &k, const PackedRow &row, const View<const T> &v, int z, int y, int head,
+                      int slot) {
+    if (k.lane_heads == 2) pack_keys_of<T, 2>(k, row, v, z, y, head, slot);
+    else pack_keys_of<T, 1>(k, row, v, z, y, head, slot);
+}
+
+// The same key by key, each with the channels as they lie in memory; head h of the task at rows + h * head_step.
+template <class T>
+static void pack_values(Real *rows, int64_t head_step, int channels, const PackedRow &row, const View<const T> &v,
+                        int z, int y, int head, int head_end) {
+    const int64_t width = round_up(channels);
+    const int ends[3] = {row.copies_left(), row.width - row.copies_right(), row.width};
+    for (int part = 0, from = 0; part < 3; part++)
+        for (int to; from < ends[part]; from = to) {
+            to = from + 8 < ends[part] ? from + 8 : ends[part];
+            for (int h = head; h < head_end; h++)
+                pack_rows(v.at(z, y, row.key(from), h), v.x, to - from, channels,
+                          rows + (h - head) * head_step + from * width, Real(1));
+        }
+}
+
+// Calls visit(place, its key's own place) for the copies of a packed row. A narrow block may not hold the key itself: such a place
+// lies outside the row.
+template <class Visit>
+static void for_each_copy(const PackedRow &row, Visit visit) {
+    for (int i = 0; i < row.copies_left(); i++) visit(i, i + row.kernel);
+    for (int i = row.width - row.copies_right(); i < row.width; i++) visit(i, i - row.kernel);
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -22,7 +22,7 @@ constexpr int offsets_for(int rows) {
 }
 
 // How the lanes' keys lie: see column_tile.h.
-enum class Keys { sliding, shared, paired, permuted };
+enum class Keys { sliding, shared, permuted };
 
 // What an accumulator starts from: nothing, one number for all lanes at bias[r][j], or a vector at bias[r][j * bias_step].
 enum class Start { zero, shared, by_lane };
@@ -31,7 +31,7 @@ enum class Start { zero, shared, by_lane };
 struct ScoreRow {
     const Real *query; // [row][channel][lane]
     int64_t query_row; // from a row to the next
-    const Real *keys;  // [channel][key], at the first key of lane 0; paired: [channel][offset][2]
+    const Real *keys;  // [channel][key], or [channel][key][2] with two heads in the lanes; at the first key of lane 0
     int64_t pitch;     // from a channel to the next
     int channels;
     const Index *index; // of the keys of a permuted tile
@@ -44,8 +44,26 @@ struct ScoreRow {
     int64_t maximum_row;     // from a row to the next
 };
 
-// Offsets [from, from + offsets).
-template <int rows, int offsets, Keys keys>
+// With vectors as long as a cache line, all loads of a sliding tile but one in sixteen cross a line and count double. Its first
+// keys lie at the begin of a line, so an offset known at compile time can be cut out of two aligned loads instead, which takes a
+// turn of the products' ports: `aligned_offsets` of a block do, for the best of both.
+#if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64 && !NBHD_DOUBLE
+constexpr bool can_align = true;
+template <int shift>
+NBHD_INLINE Vec align(Vec low, Vec high) {
+    return (Vec)_mm512_alignr_epi32((__m512i)high, (__m512i)low, shift);
+}
+#else
+constexpr bool can_align = false;
+template <int>
+NBHD_INLINE Vec align(Vec low, Vec) {
+    return low;
+}
+#endif
+constexpr int aligned_offsets(int rows) { return rows == 1 ? 3 : 0; }
+
+// Offsets [from, from + offsets), with `heads` heads in the lanes. `at` is `from` where that is known at compile time, or -1.
+template <int rows, int offsets, Keys keys, int heads, int at>
 NBHD_INLINE void score_block(const ScoreRow &b, int from) {
     Vec a[rows][offsets];
 #pragma GCC unroll 8
@@ -56,19 +74,41 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
             else if (b.start == Start::shared) a[r][j] = broadcast(b.bias[r] + from + j);
             else a[r][j] = load(b.bias[r] + (from + j) * b.bias_step);
         }
-    const Real *q = b.query, *k = b.keys + (keys == Keys::paired ? 2 * from : from);
+    const Real *q = b.query, *k = b.keys + heads * from;
     const int64_t pitch = b.pitch, query_row = b.query_row;
     for (int c = b.channels; c > 0; c--, q += lanes, k += pitch) {
         Vec qv[rows];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) qv[r] = load(q + r * query_row), keep(qv[r]);
+        if constexpr (keys == Keys::sliding && can_align && at >= 0 && aligned_offsets(rows) > 0) {
+            constexpr int line = at * heads / lanes * lanes; // from the line that holds offset `at`
+            const Real *const base = k + (line - at * heads);
+            const Vec low = load(base), high = load(base + lanes);
+            [&]<int... j>(Sequence<j...>) NBHD_INLINE_LAMBDA {
+                (
+                    [&] {
+                        constexpr int shift = (at + j) * heads - line;
+                        Vec kv;
+                        if constexpr (shift == 0) kv = low;
+                        else if constexpr (shift == lanes) kv = high;
+                        else if constexpr (shift < lanes && j % 2 == 1 && j / 2 < aligned_offsets(rows))
+                            kv = align<shift>(low, high);
+                        else kv = load(base + shift);
+                        keep(kv);
+#pragma GCC unroll 8
+                        for (int r = 0; r < rows; r++) a[r][j] = fma(qv[r], kv, a[r][j]);
+                    }(),
+                    ...);
+            }(typename Count<offsets>::type{});
+            continue;
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < offsets; j++) {
             Vec kv;
-            if constexpr (keys == Keys::sliding) kv = load(k + j);
-            else if constexpr (keys == Keys::shared) kv = broadcast(k + j);
-            else if constexpr (keys == Keys::paired) kv = broadcast_pair(k + 2 * j);
-            else kv = permute(load(k + j), reload(b.index));
+            if constexpr (keys == Keys::sliding) kv = load(k + heads * j);
+            else if constexpr (keys == Keys::permuted) kv = permute(load(k + heads * j), reload(b.index));
+            else if constexpr (heads == 2) kv = broadcast_pair(k + 2 * j);
+            else kv = broadcast(k + j);
             keep(kv);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) a[r][j] = fma(qv[r], kv, a[r][j]);
@@ -94,16 +134,16 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
 }
 
 // All offsets, in blocks of equal length, up to one. A kernel known at compile time (else 0) needs no dispatch.
-template <int rows, Keys keys, int left, int from>
+template <int rows, Keys keys, int heads, int left, int from>
 NBHD_INLINE void score_parts(const ScoreRow &b) {
     if constexpr (left > 0) {
         constexpr int most = offsets_for(rows), parts = (left + most - 1) / most, n = (left + parts - 1) / parts;
-        score_block<rows, n, keys>(b, from);
-        score_parts<rows, keys, left - n, from + n>(b);
+        score_block<rows, n, keys, heads, from>(b, from);
+        score_parts<rows, keys, heads, left - n, from + n>(b);
     }
 }
 // Offsets [from, to), known at run time.
-template <int rows, Keys keys>
+template <int rows, Keys keys, int heads = 1>
 NBHD_INLINE void score_span(const ScoreRow &b, int from, int to) {
     constexpr int most = offsets_for(rows);
     for (int parts = (to - from + most - 1) / most; parts > 0; parts--) {
@@ -111,7 +151,7 @@ NBHD_INLINE void score_span(const ScoreRow &b, int from, int to) {
         switch (n) {
 #define NBHD_CASE(n)                                                                                                   \
     case n:                                                                                                            \
-        if constexpr (n <= most) score_block<rows, n, keys>(b, from);                                                  \
+        if constexpr (n <= most) score_block<rows, n, keys, heads, -1>(b, from);                                       \
         break;
             NBHD_CASE(1)
             NBHD_CASE(2)
@@ -126,10 +166,10 @@ NBHD_INLINE void score_span(const ScoreRow &b, int from, int to) {
         from += n;
     }
 }
-template <int rows, Keys keys, int kernel>
+template <int rows, Keys keys, int heads, int kernel>
 NBHD_INLINE void score_row(const ScoreRow &b, int run_time_kernel) {
-    if constexpr (kernel > 0) score_parts<rows, keys, kernel, 0>(b);
-    else score_span<rows, keys>(b, 0, run_time_kernel);
+    if constexpr (kernel > 0) score_parts<rows, keys, heads, kernel, 0>(b);
+    else score_span<rows, keys, heads>(b, 0, run_time_kernel);
 }
 
 } // namespace nbhd::NBHD_ISA

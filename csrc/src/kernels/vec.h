@@ -120,9 +120,9 @@ NBHD_INLINE Vec permute(Vec v, Index index) {
 template <int n>
 NBHD_INLINE void exp2(Vec (&x)[n]) {
 #if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64 && !NBHD_DOUBLE
-    // 2^(x - floor x) by a polynomial on [0, 1) and `scalef`, which multiplies by 2^floor x: nine operations instead of eleven.
+    // 2^(x - floor x) by a polynomial on [0, 1), exact at both ends, and `scalef`, which multiplies by 2^floor x: nine operations instead of eleven.
     // Results below 2^-126 are made zero by a mask: subnormal numbers would take hundreds of cycles each, here and in every product.
-    constexpr float c[6] = {1.f, 6.931510568e-1f, 2.401666045e-1f, 5.579448491e-2f, 9.022697806e-3f, 1.865033759e-3f};
+    constexpr float c[6] = {1.f, 6.931516528e-1f, 2.401604205e-1f, 5.581594631e-2f, 8.993349038e-3f, 1.878642826e-3f};
     __m512 f[n], p[n];
     __mmask16 normal[n];
 #pragma GCC unroll 8
@@ -236,21 +236,50 @@ NBHD_INLINE void exchange_all(Vec *r) {
         exchange_all<half * 2>(r);
     }
 }
+#if NBHD_DOUBLE
 // lanes x lanes transpose of r[0..lanes) in registers.
-NBHD_INLINE void transpose(Vec *r) {
-    if constexpr (is_double) {
-        exchange_all<1>(r);
-    } else {
+NBHD_INLINE void transpose(Vec *r) { exchange_all<1>(r); }
+#else
+// 4x4 transposes inside 128 bits.
+NBHD_INLINE void transpose_blocks(Vec *r) {
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; i += 4) { // 4x4 blocks inside 128 bits
-            Vec a, b, c, d;
-            interleave(r[i], r[i + 1], a, b, EachLane{});
-            interleave(r[i + 2], r[i + 3], c, d, EachLane{});
-            interleave_pairs(a, c, r[i], r[i + 1], EachLane{});
-            interleave_pairs(b, d, r[i + 2], r[i + 3], EachLane{});
-        }
-        exchange_all<4>(r);
+    for (int i = 0; i < lanes; i += 4) {
+        Vec a, b, c, d;
+        interleave(r[i], r[i + 1], a, b, EachLane{});
+        interleave(r[i + 2], r[i + 3], c, d, EachLane{});
+        interleave_pairs(a, c, r[i], r[i + 1], EachLane{});
+        interleave_pairs(b, d, r[i + 2], r[i + 3], EachLane{});
     }
 }
+// lanes x lanes transpose of r[0..lanes) in registers.
+NBHD_INLINE void transpose(Vec *r) {
+    transpose_blocks(r);
+    exchange_all<4>(r);
+}
+// Four floats from each of src + token[0], src + token[4], ...
+NBHD_INLINE Vec load_fours(const float *src, const int64_t *token) {
+#if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(src + token[0]));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(src + token[4]), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(src + token[8]), 2);
+    return (Vec)_mm512_insertf32x4(v, _mm_loadu_ps(src + token[12]), 3);
+#elif defined(__AVX__) && NBHD_VECTOR_BYTES == 32
+    return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(src + token[0])), _mm_loadu_ps(src + token[4]),
+                                     1);
+#else
+    Vec v;
+    memcpy(&v, src + token[0], 16);
+    return v;
+#endif
+}
+// r[channel][lane] from src + token[lane]. Half of the transpose is done by the loads, which need no shuffle of whole vectors.
+NBHD_INLINE void load_transposed(Vec *r, const float *src, const int64_t *token) {
+#pragma GCC unroll 16
+    for (int c = 0; c < lanes; c += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) r[c + i] = load_fours(src + c, token + i);
+    transpose_blocks(r);
+}
+#endif
 
 } // namespace nbhd::NBHD_ISA
