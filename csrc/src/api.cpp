@@ -115,6 +115,18 @@ Tensor tensor(const nbhd_tensor &t) {
     return Tensor{t.data, t.stride[0], {t.stride[1], t.stride[2], t.stride[3]}, t.stride[4]};
 }
 
+// An output without gaps is filled to the last byte.
+void announce(const Tensor &t, const nbhd_call &c, int64_t heads, int64_t dim, int64_t element) {
+    const int64_t length[] = {heads, c.length[2], c.length[1], c.length[0], c.batch};
+    const int64_t stride[] = {t.head, t.axis[2], t.axis[1], t.axis[0], t.batch};
+    int64_t n = dim;
+    for (int i = 0; i < 5; i++) {
+        if (length[i] > 1 && stride[i] != n) return;
+        n *= length[i];
+    }
+    if (t.data) will_fill(t.data, n * element);
+}
+
 struct Entry {
     Part part;
     bool backward;
@@ -205,6 +217,10 @@ int32_t run(const nbhd_call *call, Entry e) {
         if (p.d_bias) memset(p.d_bias, 0, size_t(p.heads) * size_t(p.bias_rows()) * size_t(p.bias_columns()) * real);
         return NBHD_OK;
     }
+    const int64_t element = c.dtype == NBHD_FLOAT64 ? 8 : c.dtype == NBHD_FLOAT32 ? 4 : 2;
+    if (e.backward) announce(p.d_query, c, c.heads, c.dim, element), announce(p.d_key, c, c.kv_heads, c.dim, element);
+    if (e.backward) announce(p.d_value, c, c.kv_heads, c.dim_v, element);
+    else announce(p.out, c, c.heads, c.dim_v, element);
     const Kernels &kernels = p.dtype == Dtype::float64 ? *set->f64 : *set->f32;
     const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1      ? 1
                                                                     : c.threads > 1024 ? 1024

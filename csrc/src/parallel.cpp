@@ -1,4 +1,4 @@
-// Tasks on the host's threads, or on a few of our own, and the memory of threads and calls.
+// Tasks on the host's threads, or on a few of our own.
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -16,14 +16,6 @@
 namespace nbhd {
 
 namespace {
-
-constexpr std::align_val_t alignment{64};
-
-struct Scratch {
-    void *memory = nullptr;
-    int64_t bytes = 0;
-    ~Scratch() { release(memory); }
-};
 
 // One call's tasks: whoever is free takes the next. Which thread runs a task changes nothing in its result.
 struct Queue {
@@ -109,19 +101,6 @@ Pool &pool() {
 }
 
 } // namespace
-
-void *allocate(int64_t bytes) { return ::operator new(bytes > 0 ? size_t(bytes) : 1, alignment, std::nothrow); }
-void release(void *memory) { ::operator delete(memory, alignment); }
-
-void *thread_scratch(int64_t bytes) {
-    static thread_local Scratch scratch;
-    if (scratch.bytes < bytes) {
-        release(scratch.memory);
-        scratch.memory = allocate(bytes);
-        scratch.bytes = scratch.memory ? bytes : 0;
-    }
-    return scratch.memory;
-}
 
 void run_tasks(const Threads &threads, int64_t count, void (*task)(int64_t, void *), void *context) {
     Queue queue;
