@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from nbhd.errors import FileError
+
+#: A new file, never one that is there, and never through a link.
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextlib.contextmanager
@@ -38,16 +41,14 @@ def write_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             yield stream
         return
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    # Named first and created inside the block that removes it: an interrupt may come right behind the creation.
+    temporary = str(target.parent / f".{target.name[:64]}.{secrets.token_hex(8)}.part")
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:64]}.", suffix=".part")
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, mode, **text) as stream:  # type: ignore[call-overload]
+        with os.fdopen(os.open(temporary, _CREATE, 0o600), mode, **text) as stream:  # type: ignore[call-overload]
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes private files; the result gets the permissions an ordinary open would have given.
+        # The file was private until now; the result gets the permissions an ordinary open would have given.
         os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException as error:
