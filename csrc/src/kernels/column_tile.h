@@ -81,9 +81,9 @@ struct ColumnTile {
     int bias_column(int l, int offset) const {
         return int(column[l]) + offset + (offset < low[l] ? wrap : offset >= high[l] ? -wrap : 0);
     }
-    Index bias_columns(int offset) const { // not below 0
-        const Index o = Index{} + offset, w = Index{} + wrap, c = column + o + ((o < low) & w) - ((o >= high) & w);
-        return c & (c >= 0);
+    Index bias_columns(int offset) const {
+        const Index o = Index{} + offset, w = Index{} + wrap;
+        return column + o + ((o < low) & w) - ((o >= high) & w);
     }
 };
 
@@ -105,7 +105,7 @@ static void add_run(ColumnTile &t, const GroupAxis &a, const PackedRow &row, int
         t.lane_x[l] = u, t.lane_head[l] = head, t.lane_query[l] = t.n;
         t.column[l] = start - u + a.kernel - 1;
         t.low[l] = start < 0 ? -start : 0;
-        t.high[l] = start + a.kernel > a.length ? a.length - start : a.kernel;
+        t.high[l] = a.wraps() && start + a.kernel > a.length ? a.length - start : a.kernel;
         t.count[l] = a.count[u];
         t.index[l] = t.heads * (t.first[t.n] - t.origin) + head;
         if (a.count[u] < a.kernel) t.masked = true;
