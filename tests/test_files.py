@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import typer
 
 from nbhd._files import write_whole
+from nbhd.cli._errors import INTERRUPTED, reporting
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -41,3 +43,16 @@ def test_an_interrupt_while_writing_leaves_the_file_that_was_there(tmp_path: Pat
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert target.read_text() == "before"
+
+
+def test_an_interrupt_between_the_start_and_the_block_leaves_nothing(tmp_path: Path) -> None:
+    def begun() -> None:
+        manager = write_whole(tmp_path / "out.json", "w")
+        manager.__enter__()
+        assert len(list(tmp_path.iterdir())) == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended, reporting(debug=False):
+        begun()
+    assert ended.value.exit_code == INTERRUPTED
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 import typer
@@ -25,7 +26,10 @@ def reporting(debug: bool) -> Iterator[None]:
         yield
         # Buffered results meet a full disk or a closed pipe here, where it can be said, and not at interpreter exit.
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        # After an interrupt between the start of a `with` and its block, only the traceback's frames hold what was begun.
+        # Let go, it ends as it should: files that are not whole are removed.
+        traceback.clear_frames(error.__traceback__)
         if debug:
             raise
         note("interrupted")
