@@ -27,7 +27,7 @@ def reporting(debug: bool) -> Iterator[None]:
         # Buffered results meet a full disk or a closed pipe here, where it can be said, and not at interpreter exit.
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        # After an interrupt between the start of a `with` and its block, only the traceback's frames hold what was begun.
+        # After an interrupt between the start of a `with` and its block, only the traceback's frames hold what began.
         # Let go, it ends as it should: files that are not whole are removed.
         traceback.clear_frames(error.__traceback__)
         if debug:
