@@ -109,6 +109,8 @@ int64_t cache_bytes() {
     return bytes;
 }
 
+size_t element_size(int64_t dtype) { return dtype == NBHD_FLOAT64 ? 8 : dtype == NBHD_FLOAT32 ? 4 : 2; }
+
 bool aligned(const void *p, size_t size) { return p && reinterpret_cast<uintptr_t>(p) % size == 0; }
 
 Tensor tensor(const nbhd_tensor &t) {
@@ -116,7 +118,7 @@ Tensor tensor(const nbhd_tensor &t) {
 }
 
 // An output without gaps is filled to the last byte.
-void announce(const Tensor &t, const nbhd_call &c, int64_t heads, int64_t dim, int64_t element) {
+void announce(const Tensor &t, const nbhd_call &c, int64_t heads, int64_t dim) {
     const int64_t length[] = {heads, c.length[2], c.length[1], c.length[0], c.batch};
     const int64_t stride[] = {t.head, t.axis[2], t.axis[1], t.axis[0], t.batch};
     int64_t n = dim;
@@ -124,7 +126,7 @@ void announce(const Tensor &t, const nbhd_call &c, int64_t heads, int64_t dim, i
         if (length[i] > 1 && stride[i] != n) return;
         n *= length[i];
     }
-    if (t.data) will_fill(t.data, n * element);
+    if (t.data) will_fill(t.data, n * int64_t(element_size(c.dtype)));
 }
 
 struct Entry {
@@ -153,9 +155,7 @@ const Use uses[] = {
 };
 
 int32_t check_pointers(const nbhd_call &c, Entry e) {
-    const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4, element = c.dtype == NBHD_FLOAT64   ? 8
-                                                                   : c.dtype == NBHD_FLOAT32 ? 4
-                                                                                             : 2;
+    const size_t real = c.dtype == NBHD_FLOAT64 ? 8 : 4, element = element_size(c.dtype);
     if (c.batch > 0) {
         for (const Use &u : uses)
             if (u.used(e.part, e.backward) && !aligned((c.*u.of_call).data, element)) return NBHD_BAD_POINTER;
@@ -217,10 +217,9 @@ int32_t run(const nbhd_call *call, Entry e) {
         if (p.d_bias) memset(p.d_bias, 0, size_t(p.heads) * size_t(p.bias_rows()) * size_t(p.bias_columns()) * real);
         return NBHD_OK;
     }
-    const int64_t element = c.dtype == NBHD_FLOAT64 ? 8 : c.dtype == NBHD_FLOAT32 ? 4 : 2;
-    if (e.backward) announce(p.d_query, c, c.heads, c.dim, element), announce(p.d_key, c, c.kv_heads, c.dim, element);
-    if (e.backward) announce(p.d_value, c, c.kv_heads, c.dim_v, element);
-    else announce(p.out, c, c.heads, c.dim_v, element);
+    announce(p.out, c, c.heads, c.dim_v),
+        announce(p.d_query, c, c.heads, c.dim); // those without data are not this call's
+    announce(p.d_key, c, c.kv_heads, c.dim), announce(p.d_value, c, c.kv_heads, c.dim_v);
     const Kernels &kernels = p.dtype == Dtype::float64 ? *set->f64 : *set->f32;
     const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1      ? 1
                                                                     : c.threads > 1024 ? 1024

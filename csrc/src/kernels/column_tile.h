@@ -32,6 +32,8 @@ struct GroupAxis {
     int end(int u) const { return first[u] + count[u]; }
     // Whether packed rows have copies. Not for long windows: at a border of them whole vectors of queries share their keys.
     bool wraps() const { return before >= 0 && kernel < length && kernel <= 2 * lanes; }
+    // First key of u as packed rows count them: below 0 or behind the axis where copies begin.
+    int start(int u) const { return wraps() ? u - before : first[u]; }
 };
 
 // Which keys of the last axis a packed row holds, place by place.
@@ -47,8 +49,7 @@ struct PackedRow {
 };
 // Those that queries [x, x_end) see.
 static PackedRow packed_row(const GroupAxis &a, int x, int x_end) {
-    if (a.wraps()) return {x - a.before, x_end - x + a.kernel - 1, a.length, a.kernel};
-    return {a.first[x], a.end(x_end - 1) - a.first[x], a.length, a.kernel};
+    return {a.start(x), a.start(x_end - 1) + a.count[x_end - 1] - a.start(x), a.length, a.kernel};
 }
 
 // Neighbouring queries of one head, in lanes lane, lane + step, ... A permuted tile is cut where its first keys turn from staying to
@@ -99,7 +100,7 @@ static void add_run(ColumnTile &t, const GroupAxis &a, const PackedRow &row, int
     const int lane = cut * t.heads + head;
     t.run[t.runs++] = Run{x, n, lane, t.heads, t.n, head};
     for (int i = 0; i < n; i++, t.n++) {
-        const int u = x + i, l = lane + i * t.heads, start = a.wraps() ? u - a.before : a.first[u];
+        const int u = x + i, l = lane + i * t.heads, start = a.start(u);
         t.x[t.n] = u, t.head[t.n] = head, t.lane[t.n] = l;
         t.first[t.n] = start - row.begin, t.end[t.n] = t.first[t.n] + a.count[u];
         t.lane_x[l] = u, t.lane_head[l] = head, t.lane_query[l] = t.n;
@@ -131,7 +132,7 @@ static TileKind tile_kind(const GroupAxis &a, int x, int x_end, int heads) {
 static void make_tile(ColumnTile &t, const GroupAxis &a, const PackedRow &row, TileKind kind, int heads) {
     t = ColumnTile{};
     t.keys = kind.keys, t.heads = heads, t.wrap = a.kernel, t.count = Index{} + a.kernel;
-    t.origin = (a.wraps() ? kind.x - a.before : a.first[kind.x]) - row.begin;
+    t.origin = a.start(kind.x) - row.begin;
     const int end = kind.x + kind.n;
     int ends[most_cuts + 1] = {kind.x, end}, cuts = 1; // where each piece ends
     if (kind.keys == Keys::permuted) {
