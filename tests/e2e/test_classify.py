@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def test_a_reader_that_leaves_early_is_no_error(many: Path, tiny_model: Path) ->
         assert process.wait(200) == 141
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Lets SIGINT reach the commands of a test: a shell script has it ignored in what it starts in the background,
+    these tests perhaps, and an ignored signal is ignored in every child as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted(many: Path, tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     for i in range(600, 20_000):  # so much that it cannot be done before the signal comes, however late that is
