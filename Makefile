@@ -50,7 +50,7 @@ native: $(VENV)/.dev
 	$(BIN)/cmake --build build/cpu
 	$(BIN)/ctest --test-dir build/cpu --output-on-failure
 
-# The same tests under the address, undefined-behaviour and thread sanitizers. Minutes of compilation.
+# The same tests under the address, undefined-behaviour and thread sanitizers. About a quarter of an hour on two cores.
 sanitize: $(VENV)/.dev
 	$(BIN)/python csrc/tests/check.py
 
