@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import cases, checks, flops, memory, models, readme, run as runner, summary
+from benchmarks import cases, checks, flops, linear, memory, models, readme, run as runner, summary
 from benchmarks.__main__ import app
 from benchmarks.cases import CASES, Case
 from benchmarks.peers import PEERS, TITLES, swin
@@ -414,3 +414,11 @@ def test_peers_are_chosen_by_name():
     result = bench("--quick", "--threads", "1", "--no-memory", "--case", "window/3x3-d32", "--peer", "swin-unshifted-*")
     assert result.exit_code == 0
     assert "unshifted, SDPA" in result.stdout and "shifted window attention, eager" not in result.stdout
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_layers(threads: int) -> None:
+    done = CliRunner().invoke(linear.app, ["--batch", "1", "--rounds", "3", "--threads", str(threads)])
+    assert done.exit_code == 0, done.output
+    rows = [line for line in done.output.splitlines() if "->" in line]
+    assert len(rows) == 12 and all(re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\) +\d+\.\d\d \(", row) for row in rows)

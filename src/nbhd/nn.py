@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from nbhd.errors import ArgumentError
 from nbhd.functional import AXES, apply_attention_weights, attention_weights, na1d, na2d, na3d
+from nbhd.linear import Linear
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -73,12 +74,12 @@ class _NeighborhoodAttention(nn.Module):
         self.dilation = self._each("dilation", dilation)
         self.is_causal = self._each("is_causal", is_causal)
         self.qk_scale = qk_scale
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.rpb = (
             nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size))) if rel_pos_bias else None
         )
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj = Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self._try_parameters()
         self.reset_parameters()

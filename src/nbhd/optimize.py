@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
+from nbhd.linear import Linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -159,7 +160,7 @@ class FusedNeighborhoodAttention(nn.Module):
         self.rpb = attention.rpb
         dim, has_bias = attention.all_head_size, attention.query.bias is not None
         weight = attention.query.weight
-        self.qkv = nn.Linear(dim, 3 * dim, bias=has_bias, device="meta")
+        self.qkv = Linear(dim, 3 * dim, bias=has_bias, device="meta")
         for name in ("weight", "bias") if has_bias else ("weight",):
             joined = torch.cat([getattr(getattr(attention, part), name).detach() for part in PARTS])
             setattr(self.qkv, name, nn.Parameter(joined, requires_grad=False))

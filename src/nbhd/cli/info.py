@@ -6,11 +6,11 @@ import json
 import platform
 from enum import StrEnum
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nbhd import _processor
 from nbhd._version import __version__
 from nbhd.errors import CheckpointError
 
@@ -49,7 +49,7 @@ def gather() -> dict[str, Any]:
         # torch itself names its build (+cpu, +cu130), which its metadata may not
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
         "cpu": {
-            "name": _cpu_name(),
+            "name": _processor.name(),
             "isa": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
@@ -67,16 +67,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _devices() -> list[dict[str, str]]:
     import torch
 
@@ -88,7 +78,7 @@ def _devices() -> list[dict[str, str]]:
             count = torch.cuda.device_count()
             found += [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i)} for i in range(count)]
         else:
-            found.append({"device": kind, "name": _cpu_name() if kind == "cpu" else "Apple GPU"})
+            found.append({"device": kind, "name": _processor.name() if kind == "cpu" else "Apple GPU"})
     return found
 
 

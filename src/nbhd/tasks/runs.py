@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nbhd import _processor
 from nbhd._files import write_whole
 from nbhd.errors import ArgumentError, CheckpointError, MissingExtra
 from nbhd.tasks.recipes import Recipe, load_recipe
@@ -98,13 +98,9 @@ def machine_facts() -> dict[str, Any]:
 
     import nbhd
 
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": cpu,
+        "cpu": _processor.name(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "threads": torch.get_num_threads(),
         "gpus": gpus,

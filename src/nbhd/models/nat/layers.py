@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
+from nbhd.linear import Linear
 from nbhd.models.nat.configuration_nat import NatConfig
 
 
@@ -128,9 +129,9 @@ class NeighborhoodAttention(nn.Module):
         self.dilation = dilation
 
         self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-        self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.query = Linear(dim, dim, bias=config.qkv_bias)
+        self.key = Linear(dim, dim, bias=config.qkv_bias)
+        self.value = Linear(dim, dim, bias=config.qkv_bias)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(
@@ -161,7 +162,7 @@ class NeighborhoodAttentionOutput(nn.Module):
 
     def __init__(self, config: NatConfig, dim: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(dim, dim)
+        self.dense = Linear(dim, dim)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -188,7 +189,7 @@ class NatIntermediate(nn.Module):
 
     def __init__(self, config: NatConfig, dim: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(dim, int(config.mlp_ratio * dim))
+        self.dense = Linear(dim, int(config.mlp_ratio * dim))
         self.intermediate_act_fn = (
             ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
         )
@@ -202,7 +203,7 @@ class NatOutput(nn.Module):
 
     def __init__(self, config: NatConfig, dim: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(int(config.mlp_ratio * dim), dim)
+        self.dense = Linear(int(config.mlp_ratio * dim), dim)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,29 @@
+"""What the processor is called and who made it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def name() -> str:
+    """Its model's name, such as ``AMD EPYC``; the architecture where the system tells no more."""
+    return _linux("model name") or platform.processor() or platform.machine()
+
+
+def maker() -> str | None:
+    """``GenuineIntel``, ``AuthenticAMD`` and so on as x86 processors say it; None where that is not known."""
+    named = _linux("vendor_id")
+    if named is None and platform.system() == "Windows":  # "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD"
+        named = platform.processor().rpartition(", ")[2] or None
+    return named
+
+
+def _linux(field: str) -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next(
+        (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == field), None
+    )

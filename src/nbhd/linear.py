@@ -1,0 +1,139 @@
+"""`Linear`: PyTorch's linear layer, made by the faster of the two libraries that PyTorch has for products on the CPU.
+
+`torch.nn.functional.linear` in float32 goes to MKL where PyTorch is built with it. On processors of other makers than
+Intel MKL stays at AVX2 even where there is AVX-512, and takes twice the time a product needs there. Convolutions go to
+oneDNN, which does not mind the maker; and a linear layer is a convolution with a 1x1 kernel over a channels-last map,
+which is how the data lie already. ``python -m benchmarks.linear`` times the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nbhd._processor import maker
+
+#: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid.
+SMALLEST_WORK = 8_000_000
+
+#: Fewer rows than this leave oneDNN's blocks half empty.
+FEWEST_ROWS = 128
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`: the same parameters and results, equal but for rounding; faster where `linear` is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return linear(input, self.weight, self.bias)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by oneDNN where that is the faster library for it.
+
+    That is: large products of contiguous float32 tensors on a CPU that `mkl_is_slow` for. Compiled, exported and traced
+    graphs have the plain operator, and so have autocast and ``torch.backends.mkldnn.flags(enabled=False)``.
+
+    Args:
+        input: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]``, or None.
+
+    Returns:
+        ``[..., out_features]``, contiguous.
+    """
+    # First of all whether a graph is made: a compiler would warn of the cache behind the next question.
+    takes_onednn = not _makes_a_graph() and mkl_is_slow() and _pays(input, weight)
+    images = images_of(input.numel() // weight.shape[1]) if takes_onednn else 0
+    if not images:
+        return functional.linear(input, weight, bias)
+    return as_convolution(input, weight, bias, images)
+
+
+def as_convolution(input: Tensor, weight: Tensor, bias: Tensor | None, images: int) -> Tensor:
+    """The same as a convolution over ``images`` maps, which have to divide the rows of ``input`` evenly."""
+    maps = input.reshape(images, 1, -1, input.shape[-1]).permute(0, 3, 1, 2)  # a view, channels last
+    multiply = _Convolution.apply if torch.is_grad_enabled() else functional.conv2d
+    output: Tensor = multiply(maps, weight[:, :, None, None], bias)
+    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], weight.shape[0])
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution with a 1x1 kernel, whose bias gets its gradient from a sum.
+
+    oneDNN adds up the rows of the output's gradient one after another: for 25,000 of them that is fifty times less
+    exact than a sum and takes a fifth of the backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(maps: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.conv2d(maps, kernel, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        maps, kernel, _ = inputs
+        ctx.save_for_backward(maps, kernel)
+        ctx.save_for_forward(maps, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        maps, kernel = ctx.saved_tensors
+        for_maps, for_kernel, for_bias = ctx.needs_input_grad
+        one, none = [1, 1], [0, 0]
+        of_maps, of_kernel, _ = torch.ops.aten.convolution_backward(
+            gradient, maps, kernel, None, one, none, one, False, none, 1, [for_maps, for_kernel, False]
+        )
+        return of_maps, of_kernel, gradient.sum((0, 2, 3)) if for_bias else None
+
+    @staticmethod
+    def jvp(ctx: Any, maps: Tensor | None, kernel: Tensor | None, bias: Tensor | None) -> Tensor:
+        saved_maps, saved_kernel = ctx.saved_tensors
+        parts = [functional.conv2d(maps, saved_kernel)] if maps is not None else []
+        parts += [functional.conv2d(saved_maps, kernel)] if kernel is not None else []
+        parts += [bias[:, None, None]] if bias is not None else []
+        return torch.broadcast_tensors(sum(parts), parts[0])[0]
+
+
+def images_of(rows: int) -> int:
+    """Into how many images of equal size ``rows`` are best cut for oneDNN; 0 if there is no good way."""
+    if torch.get_num_threads() > 1:
+        return 1
+    # With one thread PyTorch gives it a convolution only if there are more than 16 images, and images of fewer than 7
+    # rows are slower than MKL.
+    return next((images for images in range(17, rows // 7 + 1) if rows % images == 0), 0)
+
+
+def _pays(input: Tensor, weight: Tensor) -> bool:
+    # Tensors of other classes (sharded, quantised) know linear() but not always a convolution.
+    if type(input) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    if not (input.dtype == weight.dtype == torch.float32 and input.is_cpu and input.is_contiguous()):
+        return False
+    least = SMALLEST_WORK * (2 if torch.is_grad_enabled() else 1)  # three products to prepare instead of one
+    if input.numel() < FEWEST_ROWS * weight.shape[1] or input.numel() * weight.shape[0] < least:
+        return False
+    return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
+
+
+def _makes_a_graph() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether `torch.nn.functional.linear` leaves this CPU's widest vectors unused in float32.
+
+    True where PyTorch has MKL and oneDNN and the processor has AVX-512 but is not Intel's.
+    """
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and maker() not in (None, "GenuineIntel")
+    )

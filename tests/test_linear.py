@@ -1,0 +1,246 @@
+"""nbhd.linear: the two ways to make a linear layer give the same, and each is taken where it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nbhd import _processor, linear
+from nbhd.linear import Linear
+from nbhd.models import NatConfig, NatForImageClassification
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
+
+
+@pytest.fixture
+def convolutions(monkeypatch: pytest.MonkeyPatch, slow_mkl: None) -> list[tuple[int, ...]]:
+    """The shapes of the maps that `linear` has made convolutions over."""
+    seen: list[tuple[int, ...]] = []
+    convolve = functional.conv2d
+
+    def spy(maps: Tensor, *rest: Tensor | None) -> Tensor:
+        seen.append(tuple(maps.shape))
+        return convolve(maps, *rest)
+
+    monkeypatch.setattr(functional, "conv2d", spy)
+    return seen
+
+
+def exact(input: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor) -> list[Tensor]:
+    """The product and its gradients in float64, by einsum."""
+    x, w, g = input.double().flatten(0, -2), weight.double(), gradient.double().flatten(0, -2)
+    out = torch.einsum("ri,oi->ro", x, w) + (0 if bias is None else bias.double())
+    grads = [torch.einsum("ro,oi->ri", g, w).view(input.shape), torch.einsum("ro,ri->oi", g, x)]
+    return [out.view(gradient.shape), *grads, *([] if bias is None else [g.sum(0)])]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "out"),
+    [((2, 40, 40, 64), 192), ((8, 7, 7, 256), 200), ((1, 4080, 48), 100), ((2, 3, 40, 10, 96), 80), ((2320, 100), 77)],
+    ids=str,
+)
+def test_values_and_gradients(
+    shape: tuple[int, ...], out: int, has_bias: bool, threads: int, convolutions: list[tuple[int, ...]]
+) -> None:
+    torch.manual_seed(0)
+    layer = Linear(shape[-1], out, bias=has_bias)
+    batch = torch.randn(shape, requires_grad=True)
+    gradient = torch.randn(*shape[:-1], out)
+    output = layer(batch)
+    rows = batch.numel() // shape[-1]
+    assert len(convolutions) == 1 and convolutions[0][0] * convolutions[0][3] == rows
+    assert (convolutions[0][0] == 1) == (threads == 2)
+    assert output.shape == gradient.shape and output.is_contiguous()
+    found = [output, *torch.autograd.grad(output, [batch, *layer.parameters()], gradient)]
+    plain = functional.linear(batch, layer.weight, layer.bias)
+    plain = [plain, *torch.autograd.grad(plain, [batch, *layer.parameters()], gradient)]
+    for ours, theirs, truth in zip(found, plain, exact(batch, layer.weight, layer.bias, gradient), strict=True):
+        slack = 3e-7 if truth.ndim == 1 else 1.5e-6  # a sum over the rows has to be as good as PyTorch's
+        error = (ours - truth).abs().max()
+        assert error <= 2 * (theirs - truth).abs().max() + slack * truth.abs().max()
+
+
+def large(**options: object) -> tuple[Tensor, Linear]:
+    return torch.randn(2, 40, 40, 64, **options), Linear(64, 192, **options)  # type: ignore[arg-type]
+
+
+def test_second_derivatives(convolutions: list[tuple[int, ...]]) -> None:
+    batch, layer = large()
+    batch.requires_grad_()
+    found = []
+    for call in (layer, lambda x: functional.linear(x, layer.weight, layer.bias)):
+        (first,) = torch.autograd.grad(call(batch).square().sum(), batch, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), layer.weight)[0])
+    assert len(convolutions) == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4 * float(found[1].detach().abs().max()))
+
+
+def test_function_transforms(convolutions: list[tuple[int, ...]]) -> None:
+    """torch.func: one example's gradients by vmap, directional derivatives by jvp."""
+    batch, layer = large()
+    parameters = dict(layer.named_parameters())
+
+    def loss(call: Callable[..., Tensor], values: dict[str, Tensor], example: Tensor) -> Tensor:
+        return call(example, values["weight"], values["bias"]).square().mean()
+
+    def each(call: Callable[..., Tensor]) -> dict[str, Tensor]:
+        return torch.func.vmap(torch.func.grad(partial(loss, call)), in_dims=(None, 0))(parameters, batch)
+
+    def along(call: Callable[..., Tensor]) -> Tensor:
+        directions = ({name: torch.cos(value) for name, value in parameters.items()}, torch.sin(batch))
+        return torch.func.jvp(partial(loss, call), (parameters, batch), directions)[1]
+
+    for name, theirs in each(functional.linear).items():
+        torch.testing.assert_close(each(linear.linear)[name], theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(along(linear.linear), along(functional.linear), rtol=1e-5, atol=1e-6)
+    assert convolutions
+
+
+@pytest.mark.parametrize(
+    ("input", "layer"),
+    [
+        (torch.randn(4, 10, 10, 64), Linear(64, 192)),  # too little work
+        (torch.randn(1, 7, 7, 512), Linear(512, 512)),  # too few rows
+        (torch.randn(2, 40, 64, 40).transpose(2, 3), Linear(64, 192)),  # would take a copy
+        large(dtype=torch.bfloat16),
+        large(dtype=torch.float64),
+        (torch.empty(2, 40, 40, 64, device="meta"), Linear(64, 192, device="meta")),
+        (torch.randn(0, 40, 40, 64), Linear(64, 192)),
+    ],
+    ids=["little work", "few rows", "not contiguous", "bfloat16", "float64", "meta", "empty"],
+)
+def test_what_stays_linear(input: Tensor, layer: Linear, convolutions: list[tuple[int, ...]]) -> None:
+    with torch.no_grad():
+        assert layer(input).shape == (*input.shape[:-1], 192 if layer.out_features == 192 else 512)
+    assert not convolutions
+
+
+def test_prime_number_of_rows(threads: int, convolutions: list[tuple[int, ...]]) -> None:
+    """With one thread there is no way to cut them into images; then it is MKL's."""
+    layer, batch = Linear(64, 192), torch.randn(2003, 64)
+    torch.testing.assert_close(layer(batch), functional.linear(batch, layer.weight, layer.bias))
+    assert len(convolutions) == threads - 1
+
+
+def test_switches(monkeypatch: pytest.MonkeyPatch, convolutions: list[tuple[int, ...]]) -> None:
+    batch, layer = large()
+    with torch.autocast("cpu"):
+        assert layer(batch).dtype == torch.bfloat16
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        layer(batch)
+    assert not convolutions
+    layer(batch)
+    assert len(convolutions) == 1
+
+
+class Labelled(Tensor):
+    """A tensor of another class, as sharded and quantised ones are."""
+
+
+def test_other_tensor_classes(convolutions: list[tuple[int, ...]]) -> None:
+    batch, layer = large()
+    layer(batch.as_subclass(Labelled))
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Labelled))
+    layer(batch)
+    assert not convolutions
+
+
+def test_graphs_have_the_plain_operator(slow_mkl: None) -> None:
+    batch, layer = large()
+    exported = torch.export.export(layer, (batch,)).graph
+    targets = [str(node.target) for node in exported.nodes if node.op == "call_function"]
+    assert targets == ["aten.linear.default"]
+    assert "aten::linear" in str(torch.jit.trace(layer, batch).inlined_graph)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch), functional.linear(batch, layer.weight, layer.bias))
+
+
+def test_compiling_asks_nothing_of_the_machine() -> None:
+    """As it is, with the rule's cache, which a compiler warns of: warnings are errors here."""
+    batch, layer = large()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch), functional.linear(batch, layer.weight, layer.bias))
+
+
+def test_a_hook_and_a_replacement_are_called(convolutions: list[tuple[int, ...]]) -> None:
+    """NAT's layers are modules like any other: adapters take their place."""
+    model = NatForImageClassification(NatConfig.from_variant("nat_mini", num_labels=3, depths=[1, 1, 1, 1])).eval()
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+    assert len(calls) == 4 * 6 + 1 and convolutions
+    adapter = nn.Identity()
+    model.nat.encoder.levels[0].layers[0].attention.output.dense = adapter
+    assert model(torch.randn(1, 3, 224, 224)).logits.shape == (1, 3)
+
+
+def test_nat_gives_the_same(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    torch.manual_seed(0)
+    config = NatConfig.from_variant("nat_mini", num_labels=5, depths=[1, 1, 1, 1])
+    model = NatForImageClassification(config).eval()
+    pixels = torch.randn(2, 3, 224, 224)
+    found = []
+    for slow in (False, True):
+        monkeypatch.setattr(linear, "mkl_is_slow", lambda slow=slow: slow)
+        model.zero_grad()
+        logits = model(pixels).logits
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad.clone() for p in model.parameters())])
+    largest = max(float(theirs.detach().abs().max()) for theirs in found[0][1:])
+    for ours, theirs in zip(*found, strict=True):
+        # A key's bias changes nothing, and its gradient is what rounding leaves.
+        scale = max(float(theirs.detach().abs().max()), 1e-3 * largest)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        (None, "AVX512", False),
+        (None, "DEFAULT", False),
+    ],
+)
+def test_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch, maker: str | None, capability: str, expected: bool) -> None:
+    monkeypatch.setattr(linear, "maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert linear.mkl_is_slow.__wrapped__() is expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert linear.mkl_is_slow.__wrapped__() is False
+
+
+def test_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC"}
+    monkeypatch.setattr(_processor, "_linux", fields.get)
+    assert (_processor.maker(), _processor.name()) == ("AuthenticAMD", "AMD EPYC")
+    fields.clear()
+    monkeypatch.setattr(_processor.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(_processor.platform, "processor", lambda: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD")
+    assert _processor.maker() == "AuthenticAMD"
+    monkeypatch.setattr(_processor.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(_processor.platform, "processor", lambda: "arm")
+    assert (_processor.maker(), _processor.name()) == (None, "arm")
