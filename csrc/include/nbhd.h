@@ -90,7 +90,8 @@ NBHD_API int32_t nbhd_weighted_sum(const nbhd_call *call);
 NBHD_API int32_t nbhd_weighted_sum_backward(const nbhd_call *call);
 
 NBHD_API int32_t nbhd_abi_version(void);
-NBHD_API const char *nbhd_isa(void); /* the instruction set in use: "avx512", "avx2", "baseline", "neon" or "none" */
+NBHD_API const char *
+nbhd_isa(void); /* the instruction set in use: "avx512bf16", "avx512", "avx2", "baseline", "neon" or "none" */
 NBHD_API const char *nbhd_status_text(int32_t status);
 
 #ifdef __cplusplus

@@ -220,7 +220,9 @@ int32_t run(const nbhd_call *call, Entry e) {
     announce(p.out, c, c.heads, c.dim_v),
         announce(p.d_query, c, c.heads, c.dim); // those without data are not this call's
     announce(p.d_key, c, c.kv_heads, c.dim), announce(p.d_value, c, c.kv_heads, c.dim_v);
-    const Kernels &kernels = p.dtype == Dtype::float64 ? *set->f64 : *set->f32;
+    const Kernels &kernels = p.dtype == Dtype::float64    ? *set->f64
+                             : p.dtype == Dtype::bfloat16 ? *set->bf16
+                                                          : *set->f32;
     const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1      ? 1
                                                                     : c.threads > 1024 ? 1024
                                                                                        : c.threads};

@@ -28,26 +28,30 @@ static bool has_baseline() { // x86-64-v2
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 static bool always() { return true; }
 #endif
 
-extern const Kernels avx512_f32_kernels, avx2_f32_kernels, avx2_f64_kernels, baseline_f32_kernels, baseline_f64_kernels,
-    neon_f32_kernels, neon_f64_kernels;
+extern const Kernels avx512bf16_kernels, avx512_f32_kernels, avx2_f32_kernels, avx2_f64_kernels, baseline_f32_kernels,
+    baseline_f64_kernels, neon_f32_kernels, neon_f64_kernels;
 
 // Best first. The NBHD_... macros say which of them this build has (CMakeLists.txt, NBHD_SETS).
 static const InstructionSet sets[] = {
+#ifdef NBHD_AVX512BF16
+    {"avx512bf16", has_avx512bf16, &avx512_f32_kernels, &avx2_f64_kernels, &avx512bf16_kernels},
+#endif
 #ifdef NBHD_AVX512 // float64 has no kernels of its own there: it takes the AVX2 ones
-    {"avx512", has_avx512, &avx512_f32_kernels, &avx2_f64_kernels},
+    {"avx512", has_avx512, &avx512_f32_kernels, &avx2_f64_kernels, &avx512_f32_kernels},
 #endif
 #ifdef NBHD_AVX2
-    {"avx2", has_avx2, &avx2_f32_kernels, &avx2_f64_kernels},
+    {"avx2", has_avx2, &avx2_f32_kernels, &avx2_f64_kernels, &avx2_f32_kernels},
 #endif
 #ifdef NBHD_BASELINE
-    {"baseline", has_baseline, &baseline_f32_kernels, &baseline_f64_kernels},
+    {"baseline", has_baseline, &baseline_f32_kernels, &baseline_f64_kernels, &baseline_f32_kernels},
 #endif
 #ifdef NBHD_NEON
-    {"neon", always, &neon_f32_kernels, &neon_f64_kernels},
+    {"neon", always, &neon_f32_kernels, &neon_f64_kernels, &neon_f32_kernels},
 #endif
 };
 

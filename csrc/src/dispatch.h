@@ -7,7 +7,7 @@ namespace nbhd {
 struct InstructionSet {
     const char *name;
     bool (*usable)();
-    const Kernels *f32, *f64;
+    const Kernels *f32, *f64, *bf16; // arithmetic in float, in double; of bfloat16 tensors
 };
 
 // The best instruction set this machine has, or the one NBHD_CPU_ISA names; null when there is none.

@@ -207,7 +207,7 @@ def test_each_instruction_set_of_this_machine_agrees():
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     ran = []
-    for name in ("avx512", "avx2", "baseline", "neon"):
+    for name in ("avx512bf16", "avx512", "avx2", "baseline", "neon"):
         environment = {**os.environ, "NBHD_CPU_ISA": name}
         command = [sys.executable, "-c", program, root]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, check=True)

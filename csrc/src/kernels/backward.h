@@ -47,13 +47,13 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     if (has_keys) {
         f.key_rows_copy = arena.take<Real>(kv_heads * f.key_head);
         f.d_keys = arena.take<Real>(kv_heads * f.key_head);
-        f.query = arena.take<Real>(strip_rows * p.dim * lanes);
+        f.query = arena.take<Real>(strip_rows * score_words(p.dim) * lanes);
         f.query_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim));
     }
     if (has_values) {
         f.values = lay_out_keys(arena, f.ring, p.dim_v, p.axis[2].kernel, kv_heads);
         f.d_values = arena.take<Real>(kv_heads * f.value_head);
-        f.d_out = arena.take<Real>(strip_rows * p.dim_v * lanes);
+        f.d_out = arena.take<Real>(strip_rows * score_words(p.dim_v) * lanes);
         f.d_out_rows = arena.take<Real>(strip_rows * lanes * round_up(p.dim_v));
         f.scores = arena.take<Real>(strip_rows * p.window() * lanes);
     }
@@ -130,10 +130,11 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                            Ahead &queries_ahead, Ahead &keys_ahead) {
     const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v), group = p.queries_per_kv_head();
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
-                  query_row = (int64_t)p.dim * lanes, d_out_row = (int64_t)p.dim_v * lanes,
+                  query_row = (int64_t)score_words(p.dim) * lanes, d_out_row = (int64_t)score_words(p.dim_v) * lanes,
                   query_rows = (int64_t)lanes * width, d_out_rows = (int64_t)lanes * width_v;
     const bool attention = p.part == Part::attention, has_keys = p.part != Part::sum,
                has_values = p.part != Part::scores;
+    const Real factor = Real(p.scale) * score_unit(p);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         for (int r = 0; r < t.n; r++) {
@@ -144,20 +145,28 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                               channels, rows + c.run[i].index * wide, factor);
                 if (!lane_copy) return;
                 int64_t token[lanes];
-                for (int l = 0; l < lanes; l++) token[l] = c.lane_query[l] * wide;
-                pack_lanes(rows, token, lanes, channels, lane_copy, lanes, Real(1));
+                if constexpr (pairs) {
+                    for (int l = 0; l < lanes; l++)
+                        token[l] = c.lane_x[l] * from.x + c.lane_head[l] * group * from.head;
+                    pack_for_scores(from.at(t.z, t.y + r, 0, head), token, lanes, channels, lane_copy, lanes, factor);
+                } else { // the copy just made is near, and of Reals
+                    for (int l = 0; l < lanes; l++) token[l] = c.lane_query[l] * wide;
+                    pack_lanes(rows, token, lanes, channels, lane_copy, lanes, Real(1));
+                }
             };
             const int row = k * tile_rows + r;
             if (has_keys)
-                pack(v.query, p.dim, Real(p.scale) * score_unit(p), f.query_rows + row * query_rows,
+                pack(v.query, p.dim, factor, f.query_rows + row * query_rows,
                      attention ? f.query + row * query_row : nullptr);
             if (has_values) pack(v.d_out, p.dim_v, Real(1), f.d_out_rows + row * d_out_rows, f.d_out + row * d_out_row);
         }
     }
-    TileScores scores{&t,      nullptr,    nullptr,          nullptr,          &f.keys,    local_kv_head, f.query,
-                      &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,      nullptr};
+    TileScores scores{&t,         nullptr,  nullptr, nullptr,    &f.keys,          local_kv_head,
+                      f.query,    factor,   &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel,
+                      row_scores, f.scores, nullptr};
     if (attention) strip_scores(scores, columns, n, tile_rows * query_row, tile_scores, queries_ahead);
-    scores.keys = &f.values, scores.query = f.d_out, scores.bias = nullptr, scores.scores = f.d_scores;
+    scores.keys = &f.values, scores.query = f.d_out, scores.factor = 1, scores.bias = nullptr,
+    scores.scores = f.d_scores;
     if (has_values) strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores, keys_ahead);
     const bool sequence = is_sequence(t, p.axis[1].kernel * lanes);
     for (int k = 0; k < n; k++) {

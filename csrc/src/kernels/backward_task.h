@@ -164,6 +164,8 @@ static bool backward_as(const Problem &p, const Threads &threads) {
 static bool backward(const Problem &p, const Threads &threads) {
 #if NBHD_DOUBLE
     return backward_as<double>(p, threads);
+#elif NBHD_PAIRS
+    return backward_as<BFloat16>(p, threads);
 #else
     if (p.dtype == Dtype::bfloat16) return backward_as<BFloat16>(p, threads);
     if (p.dtype == Dtype::float16) return backward_as<Float16>(p, threads);

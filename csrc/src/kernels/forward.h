@@ -54,7 +54,7 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
     if (p.part != Part::attention) f.slot_order = arena.take<int>(p.window());
     lay_out_bias(f.bias, arena, p, heads, f.tiles, f.ring.heads, false);
     f.strip = strip_tiles(p, 1);
-    f.query = arena.take<Real>(f.strip * tile_rows * p.dim * lanes);
+    f.query = arena.take<Real>(f.strip * tile_rows * score_words(p.dim) * lanes);
     f.scores = arena.take<Real>((int64_t)f.strip * tile_rows * p.window() * lanes);
     f.maximum = arena.take<Real>(f.strip * tile_rows * lanes);
     f.normaliser = arena.take<Real>(tile_rows * lanes);
@@ -69,6 +69,7 @@ struct TileScores {
     const PackedKeys *keys;
     int kv_head;
     const Real *query;      // [row][channel][lane]
+    Real factor;            // of the products of pairs
     const BiasTables *bias; // or null
     int head;
     int kernel_x, kernel_y;
@@ -79,7 +80,7 @@ struct TileScores {
 
 // Rows of keys that a strip of column tiles takes from the first-level cache.
 static int key_rows_at_once(const PackedKeys &keys, int tiles) {
-    const int64_t bytes = ((int64_t)tiles * lanes + keys.kernel) * keys.channels * (int64_t)sizeof(Real);
+    const int64_t bytes = ((int64_t)tiles * lanes + keys.kernel) * keys.words() * (int64_t)sizeof(Real);
     return bytes > 8 * 1024 ? 1 : int(16 * 1024 / bytes);
 }
 template <Keys mode, int heads, int kernel>
@@ -91,8 +92,8 @@ static void tile_scores_as(const TileScores &s) {
     ScoreRow b;
     b.score_step = kernel ? kernel * lanes : s.kernel_y * lanes;
     b.bias_step = biased && s.bias->expanded ? s.bias->rows_y * lanes : b.score_step;
-    b.query_row = (int64_t)keys.channels * lanes, b.pitch = keys.pitch, b.channels = keys.channels, b.index = &c.index,
-    b.maximum_row = lanes;
+    b.query_row = (int64_t)keys.words() * lanes, b.pitch = keys.pitch, b.channels = keys.words(), b.factor = s.factor,
+    b.index = &c.index, b.maximum_row = lanes;
     b.start = !biased ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
     const Real *const key_base = keys.row(s.kv_head, 0) + heads * c.origin;
     const int64_t key_row = keys.row_size();
@@ -190,7 +191,7 @@ static void group_scores_as(const TileScores &s, TileGroup g, int64_t query_tile
     const bool biased = s.bias && s.bias->present;
     ScoreRow b;
     b.score_step = s.kernel_y * lanes, b.bias_step = 1;
-    b.query_row = query_tile, b.pitch = keys.pitch, b.channels = keys.channels, b.index = &c.index;
+    b.query_row = query_tile, b.pitch = keys.pitch, b.channels = keys.words(), b.factor = s.factor, b.index = &c.index;
     b.maximum_row = tile_rows * lanes;
     b.start = biased ? Start::shared : Start::zero;
     for (const KeyRow *key = s.begin; key < s.end; key++) {
@@ -271,20 +272,21 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
                           const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Ahead &ahead) {
     const int slots = p.window(), group = p.queries_per_kv_head();
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
-                  query_row = (int64_t)p.dim * lanes, tile_query = tile_rows * query_row;
+                  query_row = (int64_t)score_words(p.dim) * lanes, tile_query = tile_rows * query_row;
+    const Real factor = Real(p.scale) * score_unit(p);
     if (p.part != Part::sum) {
         for (int k = 0; k < n; k++) {
             const ColumnTile &c = columns[k];
             int64_t token[lanes];
             for (int l = 0; l < lanes; l++) token[l] = c.lane_x[l] * v.query.x + c.lane_head[l] * group * v.query.head;
             for (int r = 0; r < t.n; r++) {
-                pack_lanes(v.query.at(t.z, t.y + r, 0, head), token, lanes, p.dim,
-                           f.query + k * tile_query + r * query_row, lanes, Real(p.scale) * score_unit(p));
+                pack_for_scores(v.query.at(t.z, t.y + r, 0, head), token, lanes, p.dim,
+                                f.query + k * tile_query + r * query_row, lanes, factor);
                 store(f.maximum + (k * tile_rows + r) * lanes, splat(nothing));
             }
         }
-        strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, &f.bias, local_head,
-                                p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,
+        strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, factor, &f.bias,
+                                local_head, p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,
                                 p.part == Part::attention ? f.maximum : nullptr},
                      columns, n, tile_query, tile_scores, ahead);
     }
@@ -427,6 +429,8 @@ static bool forward_as(const Problem &p, const Threads &threads) {
 static bool forward(const Problem &p, const Threads &threads) {
 #if NBHD_DOUBLE
     return forward_as<double>(p, threads);
+#elif NBHD_PAIRS
+    return forward_as<BFloat16>(p, threads);
 #else
     if (p.dtype == Dtype::bfloat16) return forward_as<BFloat16>(p, threads);
     if (p.dtype == Dtype::float16) return forward_as<Float16>(p, threads);

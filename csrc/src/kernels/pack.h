@@ -2,8 +2,9 @@
 //
 //     pack_rows     dst[token][channel]       lanes of a vector are channels
 //     pack_lanes    dst[channel][token]       lanes of a vector are tokens
+//     pack_pairs    dst[pair][token]          the same, two channels of 16 bits in a word
 //
-// Both multiply by `factor`; rows are padded with zeros up to whole vectors.
+// The first two multiply by `factor`; rows are padded with zeros up to whole vectors, pairs up to whole words.
 #pragma once
 #include "element.h"
 
@@ -55,6 +56,44 @@ NBHD_INLINE void pack_lanes(const T *src, const int64_t *token, int n, int chann
             for (int i = 0; i < rows; i++) store(dst + (c + i) * pitch, r[i] * f);
         }
     }
+}
+
+#if NBHD_PAIRS
+template <class T>
+NBHD_INLINE void pack_pairs(const T *src, const int64_t *token, int n, int channels, Real *dst, int64_t pitch) {
+    for (int c = 0; c < channels; c += 2 * lanes, dst += lanes * pitch) {
+        const int left = channels - c, rows = left < 2 * lanes ? (left + 1) / 2 : lanes;
+        Vec r[lanes];
+        if (n >= lanes && left >= 2 * lanes) {
+            load_transposed(r, src + c, token);
+        } else {
+            const __mmask32 some = left < 2 * lanes ? (1u << left) - 1 : ~0u;
+#pragma GCC unroll 16
+            for (int l = 0; l < lanes; l++)
+                r[l] = l < n ? (Vec)_mm512_maskz_loadu_epi16(some, src + token[l] + c) : Vec{};
+            transpose(r);
+        }
+        if (rows == lanes) {
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; i++) store(dst + i * pitch, r[i]);
+        } else {
+            for (int i = 0; i < rows; i++) store(dst + i * pitch, r[i]);
+        }
+    }
+}
+#endif
+
+// Queries or keys as the scores want them. Pairs are left as they are: there the scores are multiplied by the factor.
+NBHD_INLINE int score_words(int channels) { return pairs ? (channels + 1) / 2 : channels; }
+template <class T>
+NBHD_INLINE void pack_for_scores(const T *src, const int64_t *token, int n, int channels, Real *dst, int64_t pitch,
+                                 Real factor) {
+#if NBHD_PAIRS
+    (void)factor;
+    pack_pairs(src, token, n, channels, dst, pitch);
+#else
+    pack_lanes(src, token, n, channels, dst, pitch, factor);
+#endif
 }
 
 // Packed rows back to tensor tokens: dst = factor * src, or dst + factor * src.

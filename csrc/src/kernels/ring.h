@@ -113,7 +113,8 @@ struct PackedKeys {
     Real *data;
     int lane_heads, heads, slots, channels, pitch, kernel;
 
-    int64_t row_size() const { return (int64_t)channels * pitch; }
+    int words() const { return score_words(channels); }
+    int64_t row_size() const { return (int64_t)words() * pitch; }
     Real *row(int head, int slot) const { return data + ((int64_t)(head / lane_heads) * slots + slot) * row_size(); }
     int64_t size() const { return heads / lane_heads * slots * row_size() + lanes; }
 };
@@ -138,7 +139,7 @@ static void pack_keys_of(const PackedKeys &k, const PackedRow &row, const View<c
         for (int l = 0; l < lanes; l++)
             token[l] = row.key((i + l < n ? i + l : i) / lane_heads) * v.x + l % lane_heads * v.head;
         for (int h = 0; h < k.heads; h += lane_heads)
-            pack_lanes(v.at(z, y, 0, head + h), token, n - i, k.channels, k.row(h, slot) + i, k.pitch, Real(1));
+            pack_for_scores(v.at(z, y, 0, head + h), token, n - i, k.channels, k.row(h, slot) + i, k.pitch, Real(1));
     }
 }
 template <class T>

@@ -29,11 +29,12 @@ enum class Start { zero, shared, by_lane };
 
 // One row of keys against `rows` query rows.
 struct ScoreRow {
-    const Real *query; // [row][channel][lane]
-    int64_t query_row; // from a row to the next
-    const Real *keys;  // [channel][key], or [channel][key][2] with two heads in the lanes; at the first key of lane 0
-    int64_t pitch;     // from a channel to the next
-    int channels;
+    const Real *query;  // [row][channel][lane], of channels or pairs of them
+    int64_t query_row;  // from a row to the next
+    const Real *keys;   // [channel][key], or [channel][key][2] with two heads in the lanes; at the first key of lane 0
+    int64_t pitch;      // from a channel to the next
+    int channels;       // or pairs of them
+    Real factor;        // of the products, where they are of pairs
     const Index *index; // of the keys of a permuted tile
     Start start;
     const Real *bias[tile_rows]; // by row
@@ -62,6 +63,11 @@ NBHD_INLINE Vec align(Vec low, Vec) {
 #endif
 constexpr int aligned_offsets(int rows) { return rows == 1 ? 3 : 0; }
 
+NBHD_INLINE Vec start_of(const ScoreRow &b, int r, int offset) {
+    if (b.start == Start::zero) return Vec{};
+    return b.start == Start::shared ? broadcast(b.bias[r] + offset) : load(b.bias[r] + offset * b.bias_step);
+}
+
 // Offsets [from, from + offsets), with `heads` heads in the lanes. `at` is `from` where that is known at compile time, or -1.
 template <int rows, int offsets, Keys keys, int heads, int at>
 NBHD_INLINE void score_block(const ScoreRow &b, int from) {
@@ -69,11 +75,7 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-        for (int j = 0; j < offsets; j++) {
-            if (b.start == Start::zero) a[r][j] = Vec{};
-            else if (b.start == Start::shared) a[r][j] = broadcast(b.bias[r] + from + j);
-            else a[r][j] = load(b.bias[r] + (from + j) * b.bias_step);
-        }
+        for (int j = 0; j < offsets; j++) a[r][j] = pairs ? Vec{} : start_of(b, r, from + j);
     const Real *q = b.query, *k = b.keys + heads * from;
     const int64_t pitch = b.pitch, query_row = b.query_row;
     for (int c = b.channels; c > 0; c--, q += lanes, k += pitch) {
@@ -96,7 +98,7 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
                         else kv = load(base + shift);
                         keep(kv);
 #pragma GCC unroll 8
-                        for (int r = 0; r < rows; r++) a[r][j] = fma(qv[r], kv, a[r][j]);
+                        for (int r = 0; r < rows; r++) a[r][j] = multiply_words(qv[r], kv, a[r][j]);
                     }(),
                     ...);
             }(typename Count<offsets>::type{});
@@ -111,9 +113,14 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
             else kv = broadcast(k + j);
             keep(kv);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) a[r][j] = fma(qv[r], kv, a[r][j]);
+            for (int r = 0; r < rows; r++) a[r][j] = multiply_words(qv[r], kv, a[r][j]);
         }
     }
+    if constexpr (pairs)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+            for (int j = 0; j < offsets; j++) a[r][j] = fma(a[r][j], splat(b.factor), start_of(b, r, from + j));
     const int64_t maximum_row = b.maximum_row;
     Real *to[rows], *const maximum = b.maximum; // read before the stores, which could alias them
     const int64_t step = b.score_step;

@@ -31,6 +31,11 @@ struct IntOf<8> {
 using Int = IntOf<sizeof(Real)>::type;
 
 constexpr bool is_double = sizeof(Real) == 8;
+#ifndef NBHD_PAIRS
+#define NBHD_PAIRS 0
+#endif
+// Scores of bfloat16 tensors straight from the 16-bit numbers, two channels in each word: the file is for this type alone.
+constexpr bool pairs = NBHD_PAIRS;
 constexpr int lanes = NBHD_VECTOR_BYTES / sizeof(Real);
 constexpr int registers = NBHD_REGISTERS;
 
@@ -73,6 +78,15 @@ NBHD_INLINE Vec broadcast_pair(const Real *p) {
     typedef double Pair __attribute__((aligned(4), may_alias));
     typedef double Pairs __attribute__((vector_size(NBHD_VECTOR_BYTES)));
     return (Vec)(*(const Pair *)p - Pairs{});
+#endif
+}
+
+// a * b + c; with pairs the two products of each word's halves.
+NBHD_INLINE Vec multiply_words(Vec a, Vec b, Vec c) {
+#if NBHD_PAIRS
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    return fma(a, b, c);
 #endif
 }
 
@@ -256,28 +270,32 @@ NBHD_INLINE void transpose(Vec *r) {
     transpose_blocks(r);
     exchange_all<4>(r);
 }
-// Four floats from each of src + token[0], src + token[4], ...
-NBHD_INLINE Vec load_fours(const float *src, const int64_t *token) {
+// Four words from each of src + token[0], src + token[4], ...
+template <class T>
+NBHD_INLINE Vec load_fours(const T *src, const int64_t *token) {
 #if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
-    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(src + token[0]));
-    v = _mm512_insertf32x4(v, _mm_loadu_ps(src + token[4]), 1);
-    v = _mm512_insertf32x4(v, _mm_loadu_ps(src + token[8]), 2);
-    return (Vec)_mm512_insertf32x4(v, _mm_loadu_ps(src + token[12]), 3);
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(src + token[0])));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps((const float *)(src + token[4])), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps((const float *)(src + token[8])), 2);
+    return (Vec)_mm512_insertf32x4(v, _mm_loadu_ps((const float *)(src + token[12])), 3);
 #elif defined(__AVX__) && NBHD_VECTOR_BYTES == 32
-    return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(src + token[0])), _mm_loadu_ps(src + token[4]),
-                                     1);
+    return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)(src + token[0]))),
+                                     _mm_loadu_ps((const float *)(src + token[4])), 1);
 #else
     Vec v;
     memcpy(&v, src + token[0], 16);
     return v;
 #endif
 }
-// r[channel][lane] from src + token[lane]. Half of the transpose is done by the loads, which need no shuffle of whole vectors.
-NBHD_INLINE void load_transposed(Vec *r, const float *src, const int64_t *token) {
+// r[word][lane] from src + token[lane]; a word is a float or two 16-bit numbers. Half of the transpose is done by the loads, which
+// need no shuffle of whole vectors.
+template <class T>
+NBHD_INLINE void load_transposed(Vec *r, const T *src, const int64_t *token) {
+    constexpr int in_word = sizeof(float) / sizeof(T);
 #pragma GCC unroll 16
     for (int c = 0; c < lanes; c += 4)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) r[c + i] = load_fours(src + c, token + i);
+        for (int i = 0; i < 4; i++) r[c + i] = load_fours(src + c * in_word, token + i);
     transpose_blocks(r);
 }
 #endif
