@@ -3,7 +3,8 @@
 // one is given dS and the other P, and they do what is left.
 //
 // Gradients of keys and values gather in a ring like the packed keys and leave it when no later tile sees them. Where a map is
-// cut into blocks, neighbours share key rows: they add to the tensor, first the even cuts of the map, then the odd.
+// cut into blocks, neighbours share key rows: they add to the tensor, first the even cuts of the map, then the odd. A 16-bit
+// gradient of such a row is rounded once for each of them, two as a rule; sums in float would be a second map in memory.
 #pragma once
 #include "forward.h"
 #include "key_gradient.h"
@@ -65,7 +66,7 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
 template <class T>
 struct BackwardViews {
     View<const T> query, key, value, d_out, weights, read_d_weights;
-    View<T> d_query, d_weights;
+    View<T> d_query, d_key, d_value, d_weights;
     View<Real> lse, d_lse;
 };
 
@@ -250,16 +251,10 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
     }
 }
 
-// Where the gradients of keys and values go: the tensors, or sums in Real when several blocks add to 16-bit ones.
+// `adds`: other blocks have keys in common with this one, and all of them add to their gradients.
 template <class T>
-struct GradientTarget {
-    View<T> d_key, d_value;
-    bool add;
-};
-
-template <class T, class G>
 static void backward_map(const Problem &p, const Map &m, const Map *next_map, const Block &b, const Task &task,
-                         BackwardBuffers &f, const GradientTarget<G> &target, Real *d_bias) {
+                         BackwardBuffers &f, bool adds, Real *d_bias) {
     BackwardViews<T> v{view<const T>(p.query, p, m),
                        view<const T>(p.key, p, m),
                        view<const T>(p.value, p, m),
@@ -267,6 +262,8 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                        view<const T>(p.weights, p, m),
                        view<const T>(p.d_weights, p, m),
                        view<T>(p.d_query, p, m),
+                       view<T>(p.d_key, p, m),
+                       view<T>(p.d_value, p, m),
                        view<T>(p.d_weights, p, m),
                        p.lse ? lse_view(p.lse, p, m) : View<Real>{},
                        p.d_lse ? lse_view(p.d_lse, p, m) : View<Real>{}};
@@ -287,7 +284,7 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
     };
     const Real key_factor = Real(1) / score_unit(p); // queries were packed times the unit
     const auto flush = [&](int kz, int ky, int slot) {
-        const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<G> &to, Real factor) {
+        const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<T> &to, Real factor) {
             const int64_t wide = round_up(channels);
             const auto unpack = [&](int place, int h, bool add) {
                 Real *const row = rows + h * head_step + place * wide;
@@ -301,11 +298,10 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                 }
             });
             for (int place = b.row.copies_left(); place < ring.width - b.row.copies_right(); place++)
-                for (int h = 0; h < kv_heads; h++) unpack(place, h, target.add);
+                for (int h = 0; h < kv_heads; h++) unpack(place, h, adds);
         };
-        if (has_keys) leave(f.d_keys + slot * ring.natural_row(p.dim), f.key_head, p.dim, target.d_key, key_factor);
-        if (has_values)
-            leave(f.d_values + slot * ring.natural_row(p.dim_v), f.value_head, p.dim_v, target.d_value, Real(1));
+        if (has_keys) leave(f.d_keys + slot * ring.natural_row(p.dim), f.key_head, p.dim, v.d_key, key_factor);
+        if (has_values) leave(f.d_values + slot * ring.natural_row(p.dim_v), f.value_head, p.dim_v, v.d_value, Real(1));
     };
     for (int z = b.begin[0]; z < b.end[0]; z++)
         for (int y = b.begin[1]; y < b.end[1]; y += tile_rows) {
