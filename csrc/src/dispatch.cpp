@@ -24,6 +24,10 @@ static bool has_baseline() { // x86-64-v2
     return has_baseline() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
            __builtin_cpu_supports("bmi2");
 }
+bool is_amd() {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+}
 [[maybe_unused]] static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -31,6 +35,7 @@ static bool has_baseline() { // x86-64-v2
 [[maybe_unused]] static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 static bool always() { return true; }
+bool is_amd() { return false; }
 #endif
 
 extern const Kernels avx512bf16_kernels, avx512_f32_kernels, avx2_f32_kernels, avx2_f64_kernels, baseline_f32_kernels,

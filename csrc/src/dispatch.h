@@ -13,4 +13,6 @@ struct InstructionSet {
 // The best instruction set this machine has, or the one NBHD_CPU_ISA names; null when there is none.
 const InstructionSet *instruction_set();
 
+bool is_amd();
+
 } // namespace nbhd

@@ -293,7 +293,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
-        if (forward_reads_ahead && p.part != Part::scores && !p.small)
+        if (forward_reads_ahead(p) && p.part != Part::scores)
             for (int i = 0; i < c.runs; i++)
                 for (int r = 0; r < t.n; r++)
                     prefetch_to_write(v.out.at(t.z, t.y + r, c.run[i].x, head + c.run[i].head * group), v.out.x,
@@ -363,7 +363,7 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                         const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
                                   x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
                         Ahead ahead;
-                        if (forward_reads_ahead && !p.small && (!next.next_map || next_map)) {
+                        if (forward_reads_ahead(p) && (!next.next_map || next_map)) {
                             const Map &of = next.next_map ? *next_map : m;
                             ahead.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x, x_end,
                                       head, p.dim);
