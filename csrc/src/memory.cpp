@@ -1,6 +1,7 @@
 // The memory of threads and calls, and what the system is told of the memory that a call fills.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -24,6 +25,8 @@ struct Scratch {
 void *allocate(int64_t bytes) { return ::operator new(bytes > 0 ? size_t(bytes) : 1, alignment, std::nothrow); }
 void release(void *memory) { ::operator delete(memory, alignment); }
 
+bool poisons_scratch = false;
+
 void *thread_scratch(int64_t bytes) {
     static thread_local Scratch scratch;
     if (scratch.bytes < bytes) {
@@ -31,6 +34,7 @@ void *thread_scratch(int64_t bytes) {
         scratch.memory = allocate(bytes);
         scratch.bytes = scratch.memory ? bytes : 0;
     }
+    if (poisons_scratch && scratch.memory) std::memset(scratch.memory, 0xff, size_t(bytes));
     return scratch.memory;
 }
 

@@ -62,6 +62,8 @@ void run_tasks(const Threads &threads, int64_t count, void (*task)(int64_t, void
 
 // Memory of the calling thread, at least `bytes`, kept for its next call; null when there is none.
 void *thread_scratch(int64_t bytes);
+// For tests: that memory is NaN each time it is asked for.
+extern bool poisons_scratch;
 // Memory of one call.
 void *allocate(int64_t bytes);
 void release(void *memory);

@@ -32,8 +32,9 @@ struct BackwardBuffers {
 
 static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
-    f.ring = make_ring(m, b, heads_in_lanes(p, m, t));
-    f.tiles = lay_out_columns(arena, m, b, f.ring.heads, f.columns);
+    const int lane_heads = heads_in_lanes(p, m, t);
+    f.tiles = lay_out_columns(arena, m, b, lane_heads, f.columns);
+    f.ring = make_ring(m, b, lane_heads, f.tiles);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.blocks = arena.take<GradientBlock>(most_key_rows(m, b));
     const bool fours = round_up(p.dim) % (4 * lanes) == 0 && round_up(p.dim_v) % (4 * lanes) == 0;
@@ -272,29 +273,34 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
     const int group = p.queries_per_kv_head(), kv_heads = task.head_end - task.head_begin;
     Ring &ring = f.ring;
     restart(ring, b);
-    if (has_keys) memset(f.d_keys, 0, kv_heads * f.key_head * sizeof(Real));
-    if (has_values) memset(f.d_values, 0, kv_heads * f.value_head * sizeof(Real));
-
+    const auto clear_gradients = [&](int slot) {
+        const auto clear = [&](Real *rows, int64_t head_step, int64_t row) {
+            for (int h = 0; h < kv_heads; h++) memset(rows + h * head_step + slot * row, 0, row * sizeof(Real));
+        };
+        if (has_keys) clear(f.d_keys, f.key_head, ring.natural_row(p.dim));
+        if (has_values) clear(f.d_values, f.value_head, ring.natural_row(p.dim_v));
+    };
     const auto pack = [&](int kz, int ky, int slot) {
         if (has_keys)
             pack_values(f.key_rows_copy + slot * ring.natural_row(p.dim), f.key_head, p.dim, b.row, v.key, kz, ky,
                         task.head_begin, task.head_end);
         if (attention) pack_keys(f.keys, b.row, v.key, kz, ky, task.head_begin, slot);
         if (has_values) pack_keys(f.values, b.row, v.value, kz, ky, task.head_begin, slot);
+        clear_gradients(slot);
     };
     const Real key_factor = Real(1) / score_unit(p); // queries were packed times the unit
     const auto flush = [&](int kz, int ky, int slot) {
+        if ((ring.shape.planes ? kz : ky) >= ring.packed) clear_gradients(slot); // nobody sees that row
         const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<T> &to, Real factor) {
             const int64_t wide = round_up(channels);
             const auto unpack = [&](int place, int h, bool add) {
-                Real *const row = rows + h * head_step + place * wide;
-                unpack_rows(row, 1, channels, to.at(kz, ky, b.row.key(place), task.head_begin + h), 0, factor, add);
-                for (int c = 0; c < channels; c += lanes) store(row + c, Vec{});
+                unpack_rows(rows + h * head_step + place * wide, 1, channels,
+                            to.at(kz, ky, b.row.key(place), task.head_begin + h), 0, factor, add);
             };
             for_each_copy(b.row, [&](int place, int own) {
                 for (int h = 0; h < kv_heads; h++) {
                     if (own < 0 || own >= ring.width) unpack(place, h, true); // a block: it adds to the tensor anyhow
-                    else move_row(rows + h * head_step + place * wide, rows + h * head_step + own * wide, channels);
+                    else add_row(rows + h * head_step + place * wide, rows + h * head_step + own * wide, channels);
                 }
             });
             for (int place = b.row.copies_left(); place < ring.width - b.row.copies_right(); place++)
@@ -304,18 +310,19 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
         if (has_values) leave(f.d_values + slot * ring.natural_row(p.dim_v), f.value_head, p.dim_v, v.d_value, Real(1));
     };
     for (int z = b.begin[0]; z < b.end[0]; z++)
-        for (int y = b.begin[1]; y < b.end[1]; y += tile_rows) {
+        for (int y = b.begin[1], rows; y < b.end[1]; y += rows) {
             RowTile t;
             t.key = f.key_rows;
-            const int n = y + tile_rows < b.end[1] ? tile_rows : b.end[1] - y;
-            row_tile(t, m.axis[0], m.axis[1], p.axis[2].kernel, ring.shape, z, y, n);
+            rows = rows_of_tile(m.axis[1], y, b.end[1]);
+            row_tile(t, m.axis[0], m.axis[1], p.axis[2].kernel, ring.shape, z, y, rows);
             f.n_blocks = make_gradient_blocks(t, f.vectors_at_once, f.blocks);
             int from, to;
-            leading_range(ring, m, z, y, n, from, to);
+            leading_range(ring, m, z, y, rows, from, to);
             if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;
             if (ring.packed < from) ring.packed = from;
             if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
-            const NextRows next = next_rows(ring, b, m.axis[1], z, y);
+            const NextRows next = next_rows(ring, b, m.axis[1], z, y, rows);
+            const FinishedRows finished = finished_rows(ring, b, m.axis[1], z, y, rows);
             for (int i = 0; i < f.tiles.n; i += f.strip)
                 for (int h = task.head_begin; h < task.head_end; h += ring.heads)
                     for (int q = 0; q < group; q++) {
@@ -327,15 +334,20 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                         if (!p.small && (!next.next_map || next_map)) {
                             const Map &of = next.next_map ? *next_map : m;
                             queries.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x,
-                                        x_end, head, p.dim);
+                                        x_end, head, p.dim, ring.heads);
                             queries.add(view<const T>(p.d_out, p, of), next.z, next.query_begin, next.query_end, x,
-                                        x_end, head, p.dim_v);
+                                        x_end, head, p.dim_v, ring.heads);
                             if (!q) {
                                 keys.add(view<const T>(p.key, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                         x_end, h, p.dim);
+                                         x_end, h, p.dim, ring.heads);
                                 keys.add(view<const T>(p.value, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                         x_end, h, p.dim_v);
+                                         x_end, h, p.dim_v, ring.heads);
                             }
+                        }
+                        if (!p.small && !q) {
+                            keys.add(v.d_key, finished.z, finished.begin, finished.end, x, x_end, h, p.dim, ring.heads);
+                            keys.add(v.d_value, finished.z, finished.begin, finished.end, x, x_end, h, p.dim_v,
+                                     ring.heads);
                         }
                         backward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, d_bias, queries,
                                           keys);

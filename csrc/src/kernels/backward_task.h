@@ -32,7 +32,7 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
     const int group = p.queries_per_kv_head(), heads = (task.head_end - task.head_begin) * group;
     for (int64_t n = task.map_begin; n < task.map_end;) {
         const Map m = map_of(p, n);
-        const int64_t maps = maps_alike(p, n, task.map_end);
+        const AlikeMaps maps = alike_maps(p, job.plan, task, n);
         for_each_block(job.plan, m, task.cut, [&](const Block &b) {
             BackwardBuffers f{};
             Arena arena;
@@ -45,17 +45,17 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
             arena = Arena{(char *)memory};
             lay_out(f, arena, p, m, b, task);
             fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
-            clear(f.keys), clear(f.values);
+            clear_rest(f.keys), clear_rest(f.values);
             if (f.slot_order) fill_slot_order(p, f.slot_order);
             Map one = m;
-            for (int64_t i = 0; i < maps; i++) {
-                const Map next = map_of(p, i + 1 < maps ? n + i + 1 : n);
-                backward_map<T>(p, one, i + 1 < maps ? &next : nullptr, b, task, f, job.plan.shares_keys(), d_bias);
+            for (int64_t i = 0; i < maps.n; i++) {
+                const Map next = map_of(p, maps.has_next(i) ? n + i + 1 : n);
+                backward_map<T>(p, one, maps.has_next(i) ? &next : nullptr, b, task, f, job.plan.shares_keys(), d_bias);
                 one = next;
             }
             if (d_bias && f.bias.expanded) fold_bias(f.bias, heads, f.columns, f.tiles.n, d_bias);
         });
-        n += maps;
+        n += maps.n;
     }
 }
 

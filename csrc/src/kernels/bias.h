@@ -78,7 +78,10 @@ static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads
     if (!b.present) return;
     const int64_t size = (int64_t)b.rows * b.columns;
     const Real *src = (const Real *)p.bias + head_begin * size;
-    for (int64_t i = 0; i < heads * size; i++) b.compact[i] = src[i] * score_unit(p);
+    const Real unit = score_unit(p);
+    int64_t i = 0;
+    for (; i + lanes <= heads * size; i += lanes) store(b.compact + i, load(src + i) * splat(unit));
+    for (; i < heads * size; i++) b.compact[i] = src[i] * unit;
     if (!b.expanded) return;
     for (int table = 0; table < b.tables(heads); table++)
         for (int i = 0; i < n_tiles; i++)
@@ -94,7 +97,14 @@ static void scatter_bias(const BiasTables &b, int table, int row, const ColumnTi
     for (int i = 0; i < t.n; i++) {
         const int l = t.lane[i];
         Real *const to = d_bias + ((int64_t)b.head_of(table, t.head[i]) * b.rows + row) * b.columns;
-        for (int j = 0; j < t.count[l]; j++) to[t.bias_column(l, j)] += d_scores[j * step + l];
+        const int low = t.low[l], high = t.high[l], count = t.count[l];
+        const auto add = [&](int from, int end, int column) {
+            const Real *d = d_scores + from * step + l;
+            for (int j = from; j < end; j++, d += step) to[column + j] += *d;
+        };
+        add(0, low < count ? low : count, t.bias_column(l, 0)); // copies, if any
+        add(low, high < count ? high : count, int(t.column[l]));
+        add(high, count, int(t.column[l]) - t.wrap);
     }
 }
 

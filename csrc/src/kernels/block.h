@@ -74,7 +74,7 @@ static Block make_block(const Map &m, const int *begin, const int *end) {
     return b;
 }
 
-// Keys of the block kept packed at a time. `row_step`: query rows a tile advances by.
+// Keys of the block kept packed at a time.
 static RingShape ring_shape(const Map &m, const Block &b) {
     RingShape r;
     r.planes = m.axis[0].length > 1;
@@ -82,10 +82,10 @@ static RingShape ring_shape(const Map &m, const Block &b) {
     r.row_origin = r.planes ? b.key_begin[1] : 0;
     r.span = 1;
     const GroupAxis &lead = m.axis[r.planes ? 0 : 1];
-    const int lead_axis = r.planes ? 0 : 1, step = r.planes ? 1 : tile_rows;
-    for (int u = b.begin[lead_axis]; u < b.end[lead_axis]; u += step) {
-        const int last = u + step < b.end[lead_axis] ? u + step - 1 : b.end[lead_axis] - 1;
-        const int alive = lead.end(last) - lead.first[u];
+    const int lead_axis = r.planes ? 0 : 1, end = b.end[lead_axis];
+    for (int u = b.begin[lead_axis], n; u < end; u += n) {
+        n = r.planes ? 1 : rows_of_tile(lead, u, end);
+        const int alive = lead.end(u + n - 1) - lead.first[u];
         if (alive > r.span) r.span = alive;
     }
     return r;
@@ -96,10 +96,10 @@ static int most_key_rows(const Map &m, const Block &b) {
     int z = 0, y = 0;
     for (int u = b.begin[0]; u < b.end[0]; u++)
         if (m.axis[0].count[u] > z) z = m.axis[0].count[u];
-    for (int u = b.begin[1]; u < b.end[1]; u += tile_rows) {
-        const int last = u + tile_rows < b.end[1] ? u + tile_rows - 1 : b.end[1] - 1,
-                  n = m.axis[1].end(last) - m.axis[1].first[u];
-        if (n > y) y = n;
+    for (int u = b.begin[1], n; u < b.end[1]; u += n) {
+        n = rows_of_tile(m.axis[1], u, b.end[1]);
+        const int rows = m.axis[1].end(u + n - 1) - m.axis[1].first[u];
+        if (rows > y) y = rows;
     }
     return z * y;
 }
@@ -114,7 +114,8 @@ struct Plan {
     bool several_blocks; // a task's map has more than one block
 };
 
-// What a task is, by number.
+// What a task is, by number: the cuts of a map follow one another, then the maps, then the heads, so that a thread that has done
+// with a task finds its caches and what was asked for ahead of use in the next.
 struct Task {
     int64_t map_begin, map_end;
     int head_begin, head_end, cut;
@@ -123,8 +124,8 @@ struct Task {
 static Task task_of(const Plan &plan, const Problem &p, int64_t i) {
     Task t;
     t.cut = int(i % plan.cuts), i /= plan.cuts;
-    const int group = int(i % plan.head_groups);
-    i /= plan.head_groups;
+    const int group = int(i / plan.map_chunks);
+    i %= plan.map_chunks;
     t.head_begin = group * plan.heads_per_task;
     t.head_end = t.head_begin + plan.heads_per_task < p.kv_heads ? t.head_begin + plan.heads_per_task : p.kv_heads;
     t.map_begin = i * plan.maps / plan.map_chunks;
@@ -162,6 +163,18 @@ static int64_t maps_alike(const Problem &p, int64_t number, int64_t end) {
             if (other.axis[a].length != m.axis[a].length) return n - number;
     }
     return end - number;
+}
+
+// Maps of a task from `begin` on that are alike, and how many more a thread can count on: the one after the task's last is read ahead
+// as well, unless another block or cut comes first.
+struct AlikeMaps {
+    int64_t begin, n, ahead;
+    bool has_next(int64_t i) const { return i + 1 < ahead; }
+};
+static AlikeMaps alike_maps(const Problem &p, const Plan &plan, const Task &task, int64_t begin) {
+    const bool goes_on = plan.cuts == 1 && !plan.several_blocks && task.map_end < plan.maps;
+    const int64_t ahead = maps_alike(p, begin, task.map_end + goes_on), left = task.map_end - begin;
+    return {begin, ahead < left ? ahead : left, ahead};
 }
 
 // Bytes of packed keys and values of a block of the largest map, for one head.

@@ -155,12 +155,13 @@ static void make_tile(ColumnTile &t, const GroupAxis &a, const PackedRow &row, T
 struct ColumnTiles {
     int n, sets; // tiles, expanded bias tables (the common one included)
     bool common; // whether some tile uses that
+    int reach;   // numbers of a packed row that the tiles read
 };
 
 // Tiles of the queries [x, x_end); with no array only counts.
 static ColumnTiles make_column_tiles(const GroupAxis &a, const PackedRow &row, int x, int x_end, int heads,
                                      ColumnTile *tiles) {
-    ColumnTiles c{0, 1, false};
+    ColumnTiles c{0, 1, false, 0};
     int common = 0; // bias column of the sliding tiles
     for (TileKind kind; x < x_end; x += kind.n, c.n++) {
         kind = tile_kind(a, x, x_end, heads);
@@ -170,6 +171,8 @@ static ColumnTiles make_column_tiles(const GroupAxis &a, const PackedRow &row, i
         for (int l = 0; l < kind.n; l++) alike &= t.low[l] == 0 && t.high[l] == a.kernel;
         if (alike && !c.common) c.common = true, common = int(t.column[0]);
         if (!alike || t.column[0] != common) t.bias_set = c.sets++;
+        const int reach = heads * (t.origin + a.kernel - 1) + (kind.keys == Keys::shared ? heads : lanes);
+        if (c.reach < reach) c.reach = reach;
         if (tiles) tiles[c.n] = t;
     }
     return c;

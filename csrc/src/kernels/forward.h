@@ -45,8 +45,9 @@ static int strip_tiles(const Problem &p, int copies) {
 
 static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
-    f.ring = make_ring(m, b, heads_in_lanes(p, m, t));
-    f.tiles = lay_out_columns(arena, m, b, f.ring.heads, f.columns);
+    const int lane_heads = heads_in_lanes(p, m, t);
+    f.tiles = lay_out_columns(arena, m, b, lane_heads, f.columns);
+    f.ring = make_ring(m, b, lane_heads, f.tiles);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.values_head = f.ring.shape.slots() * f.ring.natural_row(p.dim_v);
     if (p.part != Part::sum) f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads);
@@ -339,13 +340,13 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
     const int group = p.queries_per_kv_head();
     restart(f.ring, b);
     for (int z = b.begin[0]; z < b.end[0]; z++)
-        for (int y = b.begin[1]; y < b.end[1]; y += tile_rows) {
+        for (int y = b.begin[1], rows; y < b.end[1]; y += rows) {
             RowTile t;
             t.key = f.key_rows;
-            const int n = y + tile_rows < b.end[1] ? tile_rows : b.end[1] - y;
-            row_tile(t, m.axis[0], m.axis[1], p.axis[2].kernel, f.ring.shape, z, y, n);
+            rows = rows_of_tile(m.axis[1], y, b.end[1]);
+            row_tile(t, m.axis[0], m.axis[1], p.axis[2].kernel, f.ring.shape, z, y, rows);
             int from, to;
-            leading_range(f.ring, m, z, y, n, from, to);
+            leading_range(f.ring, m, z, y, rows, from, to);
             if (f.ring.packed < from) f.ring.packed = from;
             for_each_row(f.ring, b, f.ring.packed, to, [&](int kz, int ky, int slot) {
                 if (p.part != Part::sum) pack_keys(f.keys, b.row, v.key, kz, ky, task.head_begin, slot);
@@ -354,7 +355,7 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                                 kz, ky, task.head_begin, task.head_end);
             });
             if (f.ring.packed < to) f.ring.packed = to;
-            const NextRows next = next_rows(f.ring, b, m.axis[1], z, y);
+            const NextRows next = next_rows(f.ring, b, m.axis[1], z, y, rows);
             for (int i = 0; i < f.tiles.n; i += f.strip)
                 for (int h = task.head_begin; h < task.head_end; h += f.ring.heads)
                     for (int q = 0; q < group; q++) {
@@ -366,12 +367,12 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                         if (forward_reads_ahead(p) && (!next.next_map || next_map)) {
                             const Map &of = next.next_map ? *next_map : m;
                             ahead.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x, x_end,
-                                      head, p.dim);
+                                      head, p.dim, f.ring.heads);
                             if (!q) {
                                 ahead.add(view<const T>(p.key, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                          x_end, h, p.dim);
+                                          x_end, h, p.dim, f.ring.heads);
                                 ahead.add(view<const T>(p.value, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                          x_end, h, p.dim_v);
+                                          x_end, h, p.dim_v, f.ring.heads);
                             }
                         }
                         forward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, ahead);
@@ -393,7 +394,7 @@ static void forward_task(int64_t i, void *context) {
     const int group = p.queries_per_kv_head(), heads = (task.head_end - task.head_begin) * group;
     for (int64_t n = task.map_begin; n < task.map_end;) {
         const Map m = map_of(p, n);
-        const int64_t maps = maps_alike(p, n, task.map_end);
+        const AlikeMaps maps = alike_maps(p, job.plan, task, n);
         for_each_block(job.plan, m, task.cut, [&](const Block &b) {
             ForwardBuffers f{};
             Arena arena;
@@ -406,16 +407,16 @@ static void forward_task(int64_t i, void *context) {
             arena = Arena{(char *)memory};
             lay_out(f, arena, p, m, b, task);
             fill_bias(f.bias, p, task.head_begin * group, heads, f.columns, f.tiles.n);
-            clear(f.keys);
+            clear_rest(f.keys);
             if (f.slot_order) fill_slot_order(p, f.slot_order);
             Map one = m;
-            for (int64_t i = 0; i < maps; i++) {
-                const Map next = map_of(p, i + 1 < maps ? n + i + 1 : n);
-                forward_map<T>(p, one, i + 1 < maps ? &next : nullptr, b, task, f);
+            for (int64_t i = 0; i < maps.n; i++) {
+                const Map next = map_of(p, maps.has_next(i) ? n + i + 1 : n);
+                forward_map<T>(p, one, maps.has_next(i) ? &next : nullptr, b, task, f);
                 one = next;
             }
         });
-        n += maps;
+        n += maps.n;
     }
 }
 

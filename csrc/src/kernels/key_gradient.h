@@ -20,12 +20,15 @@ constexpr bool takes_four_vectors = registers < 32;
 constexpr int gradient_block = registers >= 32 ? 10 : 5;
 constexpr int gradient_rows(int vectors) { return vectors > 2 ? 3 : gradient_block; }
 
+// Tiles of fewer query rows make no pattern: they are rare, and each costs a function.
+constexpr int least_pattern_rows = tile_rows - 1;
+
 // Key rows that are accumulated together: up to gradient_block neighbours of one plane. Query row r sees those in
 // [low[r], high[r]) of them.
 struct GradientBlock {
     const KeyRow *key;
     int keys, low[tile_rows], high[tile_rows];
-    int pattern; // the code of low and high (see Pattern), or -1
+    int pattern; // of low and high (see Pattern): keys * 4 + head * 2 + tail, or -1
 };
 
 static GradientBlock gradient_block_of(const RowTile &t, const KeyRow *key, int keys) {
@@ -41,7 +44,7 @@ static GradientBlock gradient_block_of(const RowTile &t, const KeyRow *key, int 
         no_tail &= b.high[r] == keys, tail &= b.high[r] == keys - t.n + 1 + r;
         if (r > 0) alike &= t.shift[r] - t.shift[r - 1] == t.shift[1] - t.shift[0];
     }
-    if (t.n == tile_rows && alike && (head || no_head) && (tail || no_tail))
+    if (t.n >= least_pattern_rows && alike && (head || no_head) && (tail || no_tail))
         b.pattern = keys * 4 + !no_head * 2 + !no_tail;
     return b;
 }
@@ -223,21 +226,14 @@ static int advance_of(const KeyGradient &g) {
     return advance;
 }
 
-template <int vectors>
-static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int advance, int c0) {
-    const RowTile &t = *g.rows;
-    constexpr int most = gradient_rows(vectors);
-    Real *row[most];
-    for (int i = 0; i < most; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
-    const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v =
-                                                                                                             g.vectors +
-                                                                                                             c0;
-    const int64_t row_step = g.weights_row - lanes * (t.n > 1 ? t.shift[1] - t.shift[0] : 0);
-    switch (advance < 0 ? -1 : b.pattern) {
+template <int query_rows, int vectors>
+static void add_pattern_of(int pattern, const KeyGradient &g, Real *const *row, const Real *weights, int64_t row_step,
+                           const Real *v, int advance) {
+    switch (pattern) {
 #define NBHD_CASE(n, head, tail)                                                                                       \
     case n * 4 + head * 2 + tail:                                                                                      \
-        if constexpr (n <= most)                                                                                       \
-            add_pattern<Pattern<n, tile_rows, head, tail>, vectors>(g, row, weights, row_step, v, advance);            \
+        if constexpr (n <= gradient_rows(vectors))                                                                     \
+            add_pattern<Pattern<n, query_rows, head, tail>, vectors>(g, row, weights, row_step, v, advance);           \
         break;
 #define NBHD_CASES(n) NBHD_CASE(n, 0, 0) NBHD_CASE(n, 0, 1) NBHD_CASE(n, 1, 0) NBHD_CASE(n, 1, 1)
         NBHD_CASES(1)
@@ -252,8 +248,22 @@ static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int 
         NBHD_CASES(10)
 #undef NBHD_CASES
 #undef NBHD_CASE
-    default: add_rows<vectors>(g, b, row, weights, v);
     }
+}
+
+template <int vectors>
+static void gradient_of_block(const KeyGradient &g, const GradientBlock &b, int advance, int c0) {
+    const RowTile &t = *g.rows;
+    constexpr int most = gradient_rows(vectors);
+    Real *row[most];
+    for (int i = 0; i < most; i++) row[i] = g.gradient + b.key[i < b.keys ? i : 0].ring * g.ring_row + c0;
+    const Real *const weights = g.weights + (int64_t)(b.key[0].slot - t.shift[0]) * lanes + g.run->lane, *const v =
+                                                                                                             g.vectors +
+                                                                                                             c0;
+    const int64_t row_step = g.weights_row - lanes * (t.n > 1 ? t.shift[1] - t.shift[0] : 0);
+    if (advance < 0 || b.pattern < 0) add_rows<vectors>(g, b, row, weights, v);
+    else if (t.n == tile_rows) add_pattern_of<tile_rows, vectors>(b.pattern, g, row, weights, row_step, v, advance);
+    else add_pattern_of<least_pattern_rows, vectors>(b.pattern, g, row, weights, row_step, v, advance);
 }
 
 static void key_gradient(const KeyGradient &gradient) {

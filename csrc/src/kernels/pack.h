@@ -113,12 +113,9 @@ static void unpack_rows(const Real *src, int n, int channels, T *dst, int64_t st
     }
 }
 
-// Adds a packed row to another one and leaves zeros.
-NBHD_INLINE void move_row(Real *from, Real *to, int channels) {
-    for (int c = 0; c < channels; c += lanes) {
-        store(to + c, load(to + c) + load(from + c));
-        store(from + c, Vec{});
-    }
+// Adds a packed token to another one.
+NBHD_INLINE void add_row(const Real *from, Real *to, int channels) {
+    for (int c = 0; c < channels; c += lanes) store(to + c, load(to + c) + load(from + c));
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -15,17 +15,17 @@ namespace nbhd::NBHD_ISA {
 struct Ring {
     RingShape shape;
     int heads;           // in the lanes
-    int width, pitch;    // places of a row; channel pitch of the transposed copies
+    int width, pitch;    // places of a row; from a channel of the transposed copies to the next
     int packed, flushed; // places along the leading axis
 
     int64_t natural_row(int channels) const { return (int64_t)width * round_up(channels); }
 };
 
-static Ring make_ring(const Map &m, const Block &b, int heads) {
+static Ring make_ring(const Map &m, const Block &b, int heads, const ColumnTiles &tiles) {
     Ring r;
     r.shape = ring_shape(m, b);
     r.heads = heads, r.width = b.row.width;
-    r.pitch = round_up(r.width * heads + lanes - 1);
+    r.pitch = round_up(r.width * heads > tiles.reach ? r.width * heads : tiles.reach);
     r.packed = r.flushed = 0;
     return r;
 }
@@ -50,9 +50,9 @@ static void leading_range(const Ring &r, const Map &m, int z, int y, int n, int 
 // What the next row tile will read (its queries and, where the ring moves along Y, its new keys) is asked for while this one is
 // computed, a few tokens between one block of products and the next: asked for at once they would only wait for one another.
 //
-// In the forward with vectors of 64 bytes only on AMD's processors, for more than 16 MB of tensors: a Zen 5 gained 20 to 28 % there and
-// lost 5 % where the tensors fit its third-level cache; an Intel server took 2 to 14 % longer (the backward neither gained nor
-// lost). A Zen 3 with 32 bytes gained.
+// In the forward with vectors of 64 bytes only on AMD's processors, for more than 8 MB of tensors: a Zen 4 gained 7 to 25 % there and a
+// Zen 5 20 to 28 %, but that lost 5 % from 8 to 16 MB, which its third-level cache holds; an Intel server took 2 to 14 % longer
+// (the backward neither gained nor lost). A Zen 3 with 32 bytes gained.
 static bool forward_reads_ahead(const Problem &p) { return !p.small && (NBHD_VECTOR_BYTES < 64 || p.far); }
 struct Ahead {
     static constexpr int most_rows = 32;
@@ -63,11 +63,12 @@ struct Ahead {
     } row[most_rows];
     int rows = 0, tokens = 0, at_row = 0, at_token = 0, per_step = 0;
 
-    // Tokens [x, x_end) of the query rows (keys: rows along Y) [y, y_end).
+    // Tokens [x, x_end) of the query rows (keys: rows along Y) [y, y_end); of two heads in the lanes only if they lie side by side.
     template <class T>
-    void add(const View<T> &v, int z, int y, int y_end, int x, int x_end, int head, int channels) {
+    void add(const View<T> &v, int z, int y, int y_end, int x, int x_end, int head, int channels, int heads) {
         if (!v.data) return;
         tokens = x_end - x;
+        if (v.head == channels) channels *= heads;
         for (; y < y_end && rows < most_rows; y++)
             row[rows++] = Row{(const char *)v.at(z, y, x, head), v.x * (int64_t)sizeof(T), channels * (int)sizeof(T)};
     }
@@ -88,31 +89,39 @@ struct NextRows {
     bool next_map;
     int z, query_begin, query_end, key_z, key_begin, key_end;
 };
-static NextRows next_rows(const Ring &r, const Block &b, const GroupAxis &y_axis, int z, int y) {
-    const auto least = [](int a, int c) { return a < c ? a : c; };
-    const bool plane_ends = y + tile_rows >= b.end[1];
-    NextRows n{plane_ends && z + 1 == b.end[0], z, y + tile_rows, 0, b.key_begin[0], r.packed, r.packed + tile_rows};
+static NextRows next_rows(const Ring &r, const Block &b, const GroupAxis &y_axis, int z, int y, int rows) {
+    const bool plane_ends = y + rows == b.end[1];
+    NextRows n{plane_ends && z + 1 == b.end[0], z, y + rows, 0, b.key_begin[0], r.packed, 0};
     if (plane_ends) n.z = n.next_map ? b.begin[0] : z + 1, n.query_begin = b.begin[1];
-    n.query_end = least(n.query_begin + tile_rows, b.end[1]);
+    n.query_end = n.query_begin + rows_of_tile(y_axis, n.query_begin, b.end[1]);
     if (r.shape.planes) {
-        const int tiles = (b.end[1] - b.begin[1] + tile_rows - 1) / tile_rows, tile = (y - b.begin[1]) / tile_rows;
+        const int all = b.end[1] - b.begin[1], done = y - b.begin[1];
         n.key_z = r.packed;
-        n.key_begin = b.key_begin[1] + r.shape.rows * tile / tiles,
-        n.key_end = b.key_begin[1] + r.shape.rows * (tile + 1) / tiles;
+        n.key_begin = b.key_begin[1] + r.shape.rows * done / all,
+        n.key_end = b.key_begin[1] + r.shape.rows * (done + rows) / all;
         if (n.next_map || r.packed >= b.key_end[0]) n.key_end = n.key_begin;
-    } else if (n.next_map) {
-        n.key_begin = b.key_begin[1], n.key_end = y_axis.end(n.query_end - 1);
     } else {
-        n.key_end = least(n.key_end, b.key_end[1]);
+        if (n.next_map) n.key_begin = b.key_begin[1];
+        n.key_end = y_axis.end(n.query_end - 1);
     }
     return n;
+}
+
+// The rows of keys whose gradients leave the ring after the tile at (z, y): memory to write is asked for like memory to read. None in
+// 3D, where whole planes leave it.
+struct FinishedRows {
+    int z, begin, end;
+};
+static FinishedRows finished_rows(const Ring &r, const Block &b, const GroupAxis &y_axis, int z, int y, int rows) {
+    if (r.shape.planes) return {z, 0, 0};
+    return {z, r.flushed, y + rows < b.end[1] ? y_axis.first[y + rows] : b.key_end[1]};
 }
 
 // Transposed keys (or values) of the ring for all heads of a task, [head][slot][channel][key] or, with two heads in the lanes,
 // [pair of heads][slot][channel][key][2].
 struct PackedKeys {
     Real *data;
-    int lane_heads, heads, slots, channels, pitch, kernel;
+    int lane_heads, heads, slots, channels, width, pitch, kernel;
 
     int words() const { return score_words(channels); }
     int64_t row_size() const { return (int64_t)words() * pitch; }
@@ -121,13 +130,19 @@ struct PackedKeys {
 };
 
 static PackedKeys lay_out_keys(Arena &arena, const Ring &ring, int channels, int kernel, int heads) {
-    PackedKeys k{nullptr, ring.heads, heads, ring.shape.slots(), channels, ring.pitch, kernel};
+    PackedKeys k{nullptr,    ring.heads, heads, ring.shape.slots(), channels, round_up(ring.width * ring.heads),
+                 ring.pitch, kernel};
     k.data = arena.take<Real>(k.size());
     return k;
 }
-// Idle lanes read past the keys of a row: numbers, not whatever the memory held.
-static void clear(const PackedKeys &k) {
-    if (k.data) memset(k.data, 0, k.size() * sizeof(Real));
+// Idle lanes read past the keys of a row: numbers, not whatever the memory held. Packing a row writes `width` places, zeros behind
+// the last key; the rest is written here, once.
+static void clear_rest(const PackedKeys &k) {
+    if (!k.data) return;
+    store(k.data + k.size() - lanes, Vec{});
+    const int64_t rows = (int64_t)k.heads / k.lane_heads * k.slots * k.words();
+    for (int i = k.width; i < k.pitch; i += lanes)
+        for (int64_t row = 0; row < rows; row++) store(k.data + row * k.pitch + i, Vec{});
 }
 
 // Packs row (z, y) of the keys of all heads of a task, whose first is `head`. Heads inside: a token's channels lie side by side.

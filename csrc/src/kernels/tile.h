@@ -28,6 +28,18 @@ struct KeyRow {
 // How the windows of a tile's query rows lie, one plane like another: each a key row further than the last, all the same, or neither.
 enum class RowShape { stairs, flat, any };
 
+// Query rows of the tile that begins at place y: as many as fit or, where that makes no more tiles in the end, as many as make stairs or
+// are flat. At the borders of a map windows stop advancing, and a tile across that place would be neither.
+static int rows_of_tile(const GroupAxis &a, int y, int y_end) {
+    const int left = y_end - y, most = left < tile_rows ? left : tile_rows;
+    int flat = 1, stairs = 1;
+    while (flat < most && a.first[y + flat] == a.first[y]) flat++;
+    while (stairs < most && a.first[y + stairs] == a.first[y] + stairs) stairs++;
+    const int even = flat > stairs ? flat : stairs;
+    const auto tiles = [](int rows) { return (rows + tile_rows - 1) / tile_rows; };
+    return 1 + tiles(left - even) == tiles(left) ? even : most;
+}
+
 struct RowTile {
     int z, y, n; // first query row, number of rows
     RowShape shape;
