@@ -204,7 +204,7 @@ int32_t run(const nbhd_call *call, Entry e) {
     const int64_t elements =
         c.batch * c.length[0] * c.length[1] * c.length[2] * (c.heads + c.kv_heads) * (c.dim + c.dim_v);
     p.small = elements * (e.backward ? 2 : 1) * (c.dtype == NBHD_FLOAT64 ? 8 : 4) <= p.cache_bytes;
-    p.far = elements * int64_t(element_size(c.dtype)) > 8 << 20 && is_amd();
+    p.far = elements * int64_t(element_size(c.dtype)) > 4 << 20 && is_amd();
     for (const Use &u : uses)
         if (u.used(e.part, e.backward)) p.*u.of_problem = tensor(c.*u.of_call);
     if (biased) p.bias = c.rel_pos_bias;

@@ -129,7 +129,7 @@ static void unfused_row(const Problem &p, const BackwardViews<T> &v, BackwardBuf
 template <class T>
 static void backward_strip(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t,
                            const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Real *d_bias,
-                           Ahead &queries_ahead, Ahead &keys_ahead) {
+                           Ahead &ahead) {
     const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v), group = p.queries_per_kv_head();
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
                   query_row = (int64_t)score_words(p.dim) * lanes, d_out_row = (int64_t)score_words(p.dim_v) * lanes,
@@ -163,23 +163,25 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
             if (has_values) pack(v.d_out, p.dim_v, Real(1), f.d_out_rows + row * d_out_rows, f.d_out + row * d_out_row);
         }
     }
+    int steps = (attention ? score_steps(t, f.keys, n) : 0) + (has_values ? score_steps(t, f.values, n) : 0);
+    for (int k = 0; k < n; k++) {
+        const int columns_n = columns[k].n, kernel = p.axis[2].kernel;
+        if (has_keys) steps += sum_steps(t, columns_n, width) + gradient_steps(t, columns_n, kernel, width);
+        if (has_values) steps += gradient_steps(t, columns_n, kernel, width_v);
+    }
+    ahead.share_among(steps);
     TileScores scores{&t,         nullptr,  nullptr, nullptr,    &f.keys,          local_kv_head,
                       f.query,    factor,   &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel,
-                      row_scores, f.scores, nullptr};
-    if (attention) strip_scores(scores, columns, n, tile_rows * query_row, tile_scores, queries_ahead);
+                      row_scores, f.scores, nullptr, &ahead};
+    if (attention) strip_scores(scores, columns, n, tile_rows * query_row, tile_scores);
     scores.keys = &f.values, scores.query = f.d_out, scores.factor = 1, scores.bias = nullptr,
     scores.scores = f.d_scores;
-    if (has_values) strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores, keys_ahead);
+    if (has_values) strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores);
     const bool sequence = is_sequence(t, p.axis[1].kernel * lanes);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
         Real *const weights = f.scores + k * tile_scores, *const d_scores = f.d_scores + k * tile_scores;
-        if (has_keys && !p.small)
-            for (int i = 0; i < c.runs; i++)
-                for (int r = 0; r < t.n; r++)
-                    prefetch_to_write(v.d_query.at(t.z, t.y + r, c.run[i].x, head + c.run[i].head * group), v.d_query.x,
-                                      c.run[i].n, p.dim);
         for (int r = 0; r < t.n; r++) {
             Real *const row_weights = weights + r * row_scores, *const row_d_scores = d_scores + r * row_scores;
             if (!attention) {
@@ -198,10 +200,10 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
         WeightedSum s;
         s.weights = d_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
         s.ring_row = f.ring.natural_row(p.dim), s.width = width;
-        s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale);
+        s.rows = &t, s.normaliser = nullptr, s.factor = Real(p.scale), s.ahead = &ahead;
         KeyGradient g;
         g.weights_row = row_scores, g.step = p.axis[1].kernel * lanes, g.rows = &t, g.blocks = f.blocks,
-        g.n_blocks = f.n_blocks, g.vectors_at_once = f.vectors_at_once;
+        g.n_blocks = f.n_blocks, g.vectors_at_once = f.vectors_at_once, g.ahead = &ahead;
         for (int i = 0; i < c.runs; i++) {
             const Run &run = c.run[i];
             const int kv_head = local_kv_head + run.head;
@@ -223,6 +225,7 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
             if (has_keys) key_gradient(g);
         }
     }
+    ahead.finish();
     if (!sequence) return;
     for (int in_lanes = 0; in_lanes < f.ring.heads; in_lanes++) {
         KeyGradient of_values[most_cuts * most_strip], of_keys[most_cuts * most_strip];
@@ -330,27 +333,29 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                                   n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;
                         const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
                                   x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
-                        Ahead queries, keys;
+                        Ahead ahead;
+                        if (!p.small && !q) {
+                            ahead.add(v.d_key, finished.z, finished.begin, finished.end, x, x_end, h, p.dim,
+                                      ring.heads);
+                            ahead.add(v.d_value, finished.z, finished.begin, finished.end, x, x_end, h, p.dim_v,
+                                      ring.heads);
+                        }
                         if (!p.small && (!next.next_map || next_map)) {
                             const Map &of = next.next_map ? *next_map : m;
-                            queries.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x,
-                                        x_end, head, p.dim, ring.heads);
-                            queries.add(view<const T>(p.d_out, p, of), next.z, next.query_begin, next.query_end, x,
-                                        x_end, head, p.dim_v, ring.heads);
-                            if (!q) {
-                                keys.add(view<const T>(p.key, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                         x_end, h, p.dim, ring.heads);
-                                keys.add(view<const T>(p.value, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                         x_end, h, p.dim_v, ring.heads);
-                            }
+                            const auto rows = [&](const Tensor &tensor, int head, int channels, bool of_keys) {
+                                const View<const T> v = view<const T>(tensor, p, of);
+                                if (of_keys)
+                                    ahead.add(v, next.key_z, next.key_begin, next.key_end, x, x_end, head, channels,
+                                              ring.heads);
+                                else
+                                    ahead.add(v, next.z, next.query_begin, next.query_end, x, x_end, head, channels,
+                                              ring.heads);
+                            };
+                            if (!q) rows(p.key, h, p.dim, true), rows(p.value, h, p.dim_v, true);
+                            rows(p.query, head, p.dim, false), rows(p.d_out, head, p.dim_v, false);
+                            rows(p.d_query, head, p.dim, false);
                         }
-                        if (!p.small && !q) {
-                            keys.add(v.d_key, finished.z, finished.begin, finished.end, x, x_end, h, p.dim, ring.heads);
-                            keys.add(v.d_value, finished.z, finished.begin, finished.end, x, x_end, h, p.dim_v,
-                                     ring.heads);
-                        }
-                        backward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, d_bias, queries,
-                                          keys);
+                        backward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, d_bias, ahead);
                     }
         }
     for_each_row(ring, b, ring.flushed, b.key_end[ring.shape.planes ? 0 : 1], flush);

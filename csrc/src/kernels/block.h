@@ -8,6 +8,7 @@
 // The cuts depend on the shape alone, never on the number of threads: sums keep their order and results their bits.
 #pragma once
 #include "tile.h"
+#include "view.h"
 
 namespace nbhd::NBHD_ISA {
 
@@ -21,14 +22,6 @@ struct Arena {
         used += (n * (int64_t)sizeof(T) + 63) / 64 * 64;
         return p;
     }
-};
-
-// A tensor seen from one map: places instead of positions.
-template <class T>
-struct View {
-    T *data;
-    int64_t z, y, x, head;
-    T *at(int64_t zi, int64_t yi, int64_t xi, int64_t h) const { return data + zi * z + yi * y + xi * x + h * head; }
 };
 
 struct Map {

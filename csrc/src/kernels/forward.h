@@ -77,6 +77,7 @@ struct TileScores {
     int64_t row_scores; // from a query row to the next
     Real *scores;       // [row][slot][lane]
     Real *maximum;      // or null
+    Ahead *ahead;
 };
 
 // Rows of keys that a strip of column tiles takes from the first-level cache.
@@ -94,7 +95,7 @@ static void tile_scores_as(const TileScores &s) {
     b.score_step = kernel ? kernel * lanes : s.kernel_y * lanes;
     b.bias_step = biased && s.bias->expanded ? s.bias->rows_y * lanes : b.score_step;
     b.query_row = (int64_t)keys.words() * lanes, b.pitch = keys.pitch, b.channels = keys.words(), b.factor = s.factor,
-    b.index = &c.index, b.maximum_row = lanes;
+    b.index = &c.index, b.maximum_row = lanes, b.ahead = s.ahead;
     b.start = !biased ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
     const Real *const key_base = keys.row(s.kv_head, 0) + heads * c.origin;
     const int64_t key_row = keys.row_size();
@@ -193,7 +194,7 @@ static void group_scores_as(const TileScores &s, TileGroup g, int64_t query_tile
     ScoreRow b;
     b.score_step = s.kernel_y * lanes, b.bias_step = 1;
     b.query_row = query_tile, b.pitch = keys.pitch, b.channels = keys.words(), b.factor = s.factor, b.index = &c.index;
-    b.maximum_row = tile_rows * lanes;
+    b.maximum_row = tile_rows * lanes, b.ahead = s.ahead;
     b.start = biased ? Start::shared : Start::zero;
     for (const KeyRow *key = s.begin; key < s.end; key++) {
         b.keys = keys.row(s.kv_head, key->ring) + c.origin;
@@ -225,14 +226,16 @@ static void group_scores_as(const TileScores &s, TileGroup g, int64_t query_tile
     }
 }
 
+static int score_steps(const RowTile &t, const PackedKeys &keys, int n) {
+    return n * t.key_rows * ((keys.words() + channels_a_step - 1) / channels_a_step);
+}
+
 // Scores of a strip of column tiles. A few rows of keys at a time meet all tiles, so that they are read from the first-level
 // cache: the rows that one tile sees are more than that holds.
-static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t query_tile, int64_t score_tile,
-                         Ahead &ahead) {
+static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t query_tile, int64_t score_tile) {
     const RowTile &t = *s.rows;
     const KeyRow *const end = t.key + t.key_rows;
     const int rows = key_rows_at_once(*s.keys, n);
-    ahead.share_among((t.key_rows + rows - 1) / rows * n);
     for (s.begin = t.key; s.begin < end; s.begin = s.end) {
         s.end = end - s.begin < rows ? end : s.begin + rows;
         TileScores one = s;
@@ -242,7 +245,6 @@ static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t
             if (group.tiles == 1) tile_scores(one);
             else if (group.advance) group_scores_as<Keys::sliding>(one, group, query_tile, score_tile);
             else group_scores_as<Keys::shared>(one, group, query_tile, score_tile);
-            for (int k = 0; k < group.tiles; k++) ahead.step();
             i += group.tiles, one.query += group.tiles * query_tile, one.scores += group.tiles * score_tile;
             if (one.maximum) one.maximum += group.tiles * tile_rows * lanes;
         }
@@ -275,6 +277,9 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
                   query_row = (int64_t)score_words(p.dim) * lanes, tile_query = tile_rows * query_row;
     const Real factor = Real(p.scale) * score_unit(p);
+    int steps = p.part == Part::sum ? 0 : score_steps(t, f.keys, n);
+    for (int k = 0; k < n && p.part != Part::scores; k++) steps += sum_steps(t, columns[k].n, round_up(p.dim_v));
+    ahead.share_among(steps);
     if (p.part != Part::sum) {
         for (int k = 0; k < n; k++) {
             const ColumnTile &c = columns[k];
@@ -288,17 +293,12 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
         }
         strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, factor, &f.bias,
                                 local_head, p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,
-                                p.part == Part::attention ? f.maximum : nullptr},
-                     columns, n, tile_query, tile_scores, ahead);
+                                p.part == Part::attention ? f.maximum : nullptr, &ahead},
+                     columns, n, tile_query, tile_scores);
     }
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
-        if (forward_reads_ahead(p) && p.part != Part::scores)
-            for (int i = 0; i < c.runs; i++)
-                for (int r = 0; r < t.n; r++)
-                    prefetch_to_write(v.out.at(t.z, t.y + r, c.run[i].x, head + c.run[i].head * group), v.out.x,
-                                      c.run[i].n, p.dim_v);
         for (int r = 0; r < t.n; r++) {
             Real *scores = f.scores + k * tile_scores + r * row_scores;
             if (p.part == Part::attention) {
@@ -316,7 +316,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
         WeightedSum s;
         s.weights = f.scores + k * tile_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;
         s.ring_row = f.ring.natural_row(p.dim_v), s.width = round_up(p.dim_v);
-        s.rows = &t, s.normaliser = p.part == Part::attention ? f.normaliser : nullptr, s.factor = 1;
+        s.rows = &t, s.normaliser = p.part == Part::attention ? f.normaliser : nullptr, s.factor = 1, s.ahead = &ahead;
         for (int i = 0; i < c.runs; i++) {
             const Run &run = c.run[i];
             s.first = c.first + run.index, s.end = c.end + run.index, s.lane = run.lane, s.lane_step = run.step;
@@ -325,6 +325,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
                             f.out);
         }
     }
+    ahead.finish();
 }
 
 template <class T>
@@ -364,16 +365,19 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                         const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
                                   x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
                         Ahead ahead;
-                        if (forward_reads_ahead(p) && (!next.next_map || next_map)) {
+                        if (forward_asks_ahead(p) && (!next.next_map || next_map)) {
                             const Map &of = next.next_map ? *next_map : m;
-                            ahead.add(view<const T>(p.query, p, of), next.z, next.query_begin, next.query_end, x, x_end,
-                                      head, p.dim, f.ring.heads);
-                            if (!q) {
-                                ahead.add(view<const T>(p.key, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                          x_end, h, p.dim, f.ring.heads);
-                                ahead.add(view<const T>(p.value, p, of), next.key_z, next.key_begin, next.key_end, x,
-                                          x_end, h, p.dim_v, f.ring.heads);
-                            }
+                            const auto rows = [&](const Tensor &tensor, int head, int channels, bool of_keys) {
+                                const View<const T> v = view<const T>(tensor, p, of);
+                                if (of_keys)
+                                    ahead.add(v, next.key_z, next.key_begin, next.key_end, x, x_end, head, channels,
+                                              f.ring.heads);
+                                else
+                                    ahead.add(v, next.z, next.query_begin, next.query_end, x, x_end, head, channels,
+                                              f.ring.heads);
+                            };
+                            if (!q) rows(p.key, h, p.dim, true), rows(p.value, h, p.dim_v, true);
+                            rows(p.query, head, p.dim, false), rows(p.out, head, p.dim_v, false);
                         }
                         forward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, ahead);
                     }

@@ -10,6 +10,7 @@
 //         3                              x   x         the loop over lanes
 //         4                                  x
 #pragma once
+#include "ahead.h"
 #include "tile.h"
 
 namespace nbhd::NBHD_ISA {
@@ -77,7 +78,13 @@ struct KeyGradient {
     const Run *run;                // the queries
     const int *first, *end;        // keys of each
     int advance;                   // how evenly they advance: see advance_of
+    Ahead *ahead;
 };
+// Key columns, and steps of `ahead`, for each run of n queries.
+static int gradient_steps(const RowTile &t, int n, int kernel, int width) {
+    return (n + kernel - 1) * ((t.key_rows + gradient_block - 1) / gradient_block) *
+           ((width + 2 * lanes - 1) / (2 * lanes));
+}
 
 // Which keys [low, high) of a block of n each query row adds to. Rows whose windows start one after another leave a triangle
 // out of the first block (`head`), of the last (`tail`), or both; rows with the same window leave nothing out.
@@ -158,6 +165,7 @@ static void add_pattern(const KeyGradient &g, Real *const *rows, const Real *wei
 #pragma GCC unroll 10
     for (int i = 0; i < Rows::n; i++) row[i] = rows[i];
     for (int x = begin; x < end; x++) {
+        g.ahead->step();
         const int from = advance && x > last ? x - last : 0, to = advance && x - begin + 1 < n ? x - begin + 1 : n;
         Vec a[Rows::n][vectors];
         load_block(a, row, (int64_t)x * width);
@@ -200,6 +208,7 @@ static void add_rows(const KeyGradient &g, const GradientBlock &b, Real *const *
         while (from < n && g.end[from] <= x) from++;
         while (to < n && g.first[to] <= x) to++;
         if (from >= to) continue;
+        g.ahead->step();
         Vec a[gradient_rows(vectors)][vectors];
         load_block(a, row, (int64_t)x * g.width);
         for (int l = from, next; l < to; l = next) {

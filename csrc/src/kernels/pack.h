@@ -10,13 +10,6 @@
 
 namespace nbhd::NBHD_ISA {
 
-// Asks for n tokens that will be written, to be owned by then.
-template <class T>
-NBHD_INLINE void prefetch_to_write(T *p, int64_t stride, int n, int channels) {
-    for (int t = 0; t < n; t++, p += stride)
-        for (int c = 0; c < channels; c += 64 / (int)sizeof(T)) __builtin_prefetch(p + c, 1, 3);
-}
-
 // n tokens, `stride` elements apart, of `channels` channels; a packed token has round_up(channels).
 template <class T>
 static void pack_rows(const T *src, int64_t stride, int n, int channels, Real *dst, Real factor) {

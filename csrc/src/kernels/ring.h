@@ -7,6 +7,7 @@
 //        row 3   |
 //        row 4   not packed yet
 #pragma once
+#include "ahead.h"
 #include "block.h"
 #include "pack.h"
 
@@ -46,42 +47,6 @@ static void leading_range(const Ring &r, const Map &m, int z, int y, int n, int 
     if (r.shape.planes) from = m.axis[0].first[z], to = m.axis[0].end(z);
     else from = m.axis[1].first[y], to = m.axis[1].end(y + n - 1);
 }
-
-// What the next row tile will read (its queries and, where the ring moves along Y, its new keys) is asked for while this one is
-// computed, a few tokens between one block of products and the next: asked for at once they would only wait for one another.
-//
-// In the forward with vectors of 64 bytes only on AMD's processors, for more than 8 MB of tensors: a Zen 4 gained 7 to 25 % there and a
-// Zen 5 20 to 28 %, but that lost 5 % from 8 to 16 MB, which its third-level cache holds; an Intel server took 2 to 14 % longer
-// (the backward neither gained nor lost). A Zen 3 with 32 bytes gained.
-static bool forward_reads_ahead(const Problem &p) { return !p.small && (NBHD_VECTOR_BYTES < 64 || p.far); }
-struct Ahead {
-    static constexpr int most_rows = 32;
-    struct Row {
-        const char *token;
-        int64_t stride;
-        int bytes;
-    } row[most_rows];
-    int rows = 0, tokens = 0, at_row = 0, at_token = 0, per_step = 0;
-
-    // Tokens [x, x_end) of the query rows (keys: rows along Y) [y, y_end); of two heads in the lanes only if they lie side by side.
-    template <class T>
-    void add(const View<T> &v, int z, int y, int y_end, int x, int x_end, int head, int channels, int heads) {
-        if (!v.data) return;
-        tokens = x_end - x;
-        if (v.head == channels) channels *= heads;
-        for (; y < y_end && rows < most_rows; y++)
-            row[rows++] = Row{(const char *)v.at(z, y, x, head), v.x * (int64_t)sizeof(T), channels * (int)sizeof(T)};
-    }
-    void share_among(int steps) { per_step = (rows * tokens + steps - 1) / steps; }
-    void step() {
-        for (int n = per_step; n > 0 && at_row < rows; n--) {
-            const Row &r = row[at_row];
-            const char *p = r.token + at_token * r.stride;
-            for (int i = 0; i < r.bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-            if (++at_token == tokens) at_token = 0, at_row++;
-        }
-    }
-};
 
 // The rows of the tile after (z, y): of this map or, after the last, of the task's next one, and those of its keys that are new.
 // In 3D a whole plane of keys is new at once: every tile of a plane asks for its share of the next.

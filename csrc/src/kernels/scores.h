@@ -9,6 +9,7 @@
 // A block holds `rows` query rows x `offsets` window offsets in registers, so a key load serves all rows and a query load all
 // offsets. Nothing outside the windows is computed.
 #pragma once
+#include "ahead.h"
 #include "vec.h"
 
 namespace nbhd::NBHD_ISA {
@@ -43,7 +44,9 @@ struct ScoreRow {
     int64_t score_step;      // from an offset to the next
     Real *maximum;           // [row][lane], raised to the scores; or null
     int64_t maximum_row;     // from a row to the next
+    Ahead *ahead;            // a step for each of `channels_a_step`
 };
+constexpr int channels_a_step = 8;
 
 // With vectors as long as a cache line, all loads of a sliding tile but one in sixteen cross a line and count double. Its first
 // keys lie at the begin of a line, so an offset known at compile time can be cut out of two aligned loads instead, which takes a
@@ -78,7 +81,7 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
         for (int j = 0; j < offsets; j++) a[r][j] = pairs ? Vec{} : start_of(b, r, from + j);
     const Real *q = b.query, *k = b.keys + heads * from;
     const int64_t pitch = b.pitch, query_row = b.query_row;
-    for (int c = b.channels; c > 0; c--, q += lanes, k += pitch) {
+    const auto channel = [&]() NBHD_INLINE_LAMBDA {
         Vec qv[rows];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) qv[r] = load(q + r * query_row), keep(qv[r]);
@@ -102,7 +105,7 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
                     }(),
                     ...);
             }(typename Count<offsets>::type{});
-            continue;
+            return;
         }
 #pragma GCC unroll 8
         for (int j = 0; j < offsets; j++) {
@@ -115,6 +118,10 @@ NBHD_INLINE void score_block(const ScoreRow &b, int from) {
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) a[r][j] = multiply_words(qv[r], kv, a[r][j]);
         }
+    };
+    for (int left = b.channels; left > 0; left -= channels_a_step) {
+        b.ahead->step();
+        for (int c = left < channels_a_step ? left : channels_a_step; c > 0; c--, q += lanes, k += pitch) channel();
     }
     if constexpr (pairs)
 #pragma GCC unroll 8

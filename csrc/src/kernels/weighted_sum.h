@@ -9,6 +9,7 @@
 //
 // No transposes of values or outputs, and borders need no permute: each column has its own first key and end.
 #pragma once
+#include "ahead.h"
 #include "pack.h"
 #include "tile.h"
 
@@ -32,7 +33,12 @@ struct WeightedSum {
     Real factor;            // of every query
     Real *out;              // [row][column][channel]
     int64_t out_row, out_column;
+    Ahead *ahead;
 };
+// Steps of `ahead`, one for each key row of each block, that n columns take.
+static int sum_steps(const RowTile &t, int n, int width) {
+    return (n + 1) / 2 * t.key_rows * ((width + 2 * lanes - 1) / (2 * lanes));
+}
 
 // Register blocks: where a token has four vectors of channels, one column has work enough and needs no neighbour with the
 // same keys. Fewer vectors: several columns.
@@ -171,6 +177,7 @@ static void sum_block(const WeightedSum &s, int l, int c0) {
     const int width = s.width;
     const int64_t ring_row = s.ring_row;
     const Real *const base = s.values + c0;
+    Ahead *const ahead = s.ahead;
     if constexpr (kernel >= rows && kernel > 0) {
         if (t.shape != RowShape::any) {
             const KeyRow *key = t.key;
@@ -179,6 +186,7 @@ static void sum_block(const WeightedSum &s, int l, int c0) {
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) w[r] = weights[r] + (int64_t)key->slot * lanes;
                 const auto add = [&]<int begin, int end>(Span<begin, end>) NBHD_INLINE_LAMBDA {
+                    ahead->step();
                     sum_key_row<begin, end, columns, vectors, advance, kernel>(a, w, c, step, width,
                                                                                base + key->ring * ring_row);
                     key++;
@@ -203,6 +211,7 @@ static void sum_block(const WeightedSum &s, int l, int c0) {
     int slot = 0; // of the key row that the weights point to
     const KeyRow *const end = t.key + t.key_rows;
     for (const KeyRow *key = t.key; key < end; key++) {
+        ahead->step();
         const Real *values = base + key->ring * ring_row;
         const int64_t move = (int64_t)(key->slot - slot) * lanes;
         slot = key->slot;
