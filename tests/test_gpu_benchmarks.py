@@ -17,6 +17,8 @@ from benchmarks import gpu_cases, gpu_check, gpu_layers, gpu_networks, gpu_numer
 from benchmarks.cases import Case
 from benchmarks.subject import NotHere
 
+from nbhd.backends.triton import configurations
+
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: gpu_check is for it")
@@ -299,3 +301,45 @@ if __name__ == "__main__":
         f"plane bfloat16 {form} True ['errors', 'first_call_seconds', 'name', 'passed']"
         for form in ("fused", "unfused")
     ]
+
+
+# ---- tuning
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_tuning_times_every_row_with_all_that_it_entails():
+    """Under Triton's interpreter, where all rows run: each has a time, a walk's with its bias gradient."""
+    if gpu_check.backend.why_unusable() is not None:
+        pytest.skip("needs Triton")
+    code = """
+import json, types, torch
+import triton.language as tl
+from triton.runtime import interpreter
+interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+interpreter._patch_lang = lambda function: types.SimpleNamespace(restore=lambda: None)
+from benchmarks import gpu_tune
+from benchmarks.cases import Case
+from nbhd.backends.triton import attention
+gpu_tune.ROUNDS = 1
+tables, real = [], attention.BackwardPlan.table_launches
+def counted(self, row, tile):
+    tables.append(row.id)
+    yield from real(self, row, tile)
+attention.BackwardPlan.table_launches = counted
+case = Case("tiny", (3, 4), heads=1, head_dim=16, kernel_size=(3, 3), dtype="bfloat16")
+print(json.dumps([gpu_tune.tune(case, torch.device("cpu")), len(tables)]))
+"""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, tables = json.loads(done.stdout)
+    assert [key.split()[0] for key in found] == ["forward", "query", "key"]
+    for each in found.values():
+        assert len(each) > 3 and all(isinstance(ms, float) for ms in each.values())
+    walks = [row.id for row in configurations.rows() if row.kernel == "query_loop" and row.id in found[list(found)[1]]]
+    assert walks and tables >= 3 * len(walks)
