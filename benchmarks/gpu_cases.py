@@ -39,6 +39,25 @@ CASES: dict[str, Case] = {
     )
 }
 
+#: NAT's stages once more, as whole layers: projections and all.
+LAYERS: dict[str, Case] = {
+    name: _case(
+        name, (side, side), heads, 32, (7, 7), batch=128, has_bias=True,
+        peers=("nbhd-layer", "swin-layer", "swin-layer-eager"),
+    )
+    for side, heads in NAT_MAPS
+    for name in (f"gpu/layer-{side}x{side}-b128-bias",)
+}  # fmt: skip
+
+#: What ``gpu_check`` goes through: NAT's maps, its layers, the rest.
+ALL: dict[str, Case] = {**{case.name: case for case in _nat(128, True)}, **LAYERS, **CASES}
+
+
+def contenders(case: Case) -> list[str]:
+    """Names in ``gpu_timing.PEERS``, ours first."""
+    return list(case.peers) if case.name in LAYERS else ["nbhd", *case.peers]
+
+
 #: NATTEN's published times for the same shapes on an H100, in ms (forward with its token permutation): not ours.
 PUBLISHED = {
     "gpu/flux-256x256-w80": 16.2 + 2.4,

@@ -1,14 +1,18 @@
 """``make gpu-check``: is what the GPU computes right, and how fast is it? One JSON, in under ten minutes.
 
-    python -m benchmarks.gpu_check                     numerics, benchmarks against peers, one JSON
+    python -m benchmarks.gpu_check                     numerics, benchmarks against peers, whole networks; one JSON
     python -m benchmarks.gpu_check --numerics          numerics alone
+    python -m benchmarks.gpu_check --networks          NAT's numerics, then whole networks alone, compiled ones too
+    python -m benchmarks.gpu_check --networks 'swin*' --compiled    some of them (a glob), compiled alone
     python -m benchmarks.gpu_check --interpret         a few numerics under Triton's interpreter: no GPU, a minute
     python -m benchmarks.gpu_check --case '*nat*'      some benchmarks (globs); --list has the names
 
 Needs this repository and the packages torch 2.11, triton 3.6, numpy and transformers (the last for whole networks), or
-newer ones. First the numerics: where one fails nothing is timed. Then the cases in the order of their weight until the
-minutes are over; what was left out is named. Exit status: 0 all went well, 1 something is wrong, 2 a wrong call or no
-GPU.
+newer ones. First the numerics, in several processes: where one fails nothing is timed. Then the cases in the order of
+their weight, the operator's and the whole layers', until the minutes that the networks need are all that is left; the
+networks as they are; then those under torch.compile that there is still time for. ``--networks`` gives these all of it.
+What was left out is named. The JSON is written after each part. Exit status: 0 all went well, 1 something is wrong, 2 a
+wrong call or no GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,11 +32,16 @@ import torch
 
 import nbhd
 from benchmarks import gpu_cases, gpu_numerics
+from benchmarks.models import NETWORKS
 from nbhd._files import write_json
 from nbhd.backends import triton as backend
 from nbhd.errors import FileError
 
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Seconds that the networks need without torch.compile.
+NETWORKS_SECONDS = 90.0
+#: Processes that compile the numerics' kernels.
+MOST_WORKERS = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,17 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--numerics", action="store_true", help="numerics alone")
     parser.add_argument("--interpret", action="store_true", help="a few numerics under Triton's interpreter, no GPU")
     parser.add_argument("--case", default="*", help="glob over the benchmarks")
-    parser.add_argument("--compiled", action="store_true", help="networks under torch.compile too (minutes more)")
+    parser.add_argument("--networks", nargs="?", const="*", metavar="GLOB", help="whole networks alone, all or some")
+    parser.add_argument("--compiled", action="store_true", help="with --networks: those under torch.compile alone")
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default 9)")
     parser.add_argument("--output", type=Path, help="the JSON (default benchmarks/results/gpu-NAME-DATE.json)")
     parser.add_argument("--list", action="store_true", help="the benchmarks")
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(gpu_cases.CASES))
+        print("\n".join(gpu_cases.ALL))
         return 0
+    if options.compiled and options.networks is None:
+        return _refuse("--compiled says which networks: use it with --networks.")
+    if options.networks is not None and not any(fnmatchcase(name, options.networks) for name in NETWORKS):
+        return _refuse(f"--networks {options.networks!r} matches nothing. There are {', '.join(NETWORKS)}.")
     if not options.minutes > 0:
         return _refuse(f"--minutes must be positive, got {options.minutes}.")
-    chosen = [case for name, case in gpu_cases.CASES.items() if fnmatchcase(name, options.case)]
+    chosen = [case for name, case in gpu_cases.ALL.items() if fnmatchcase(name, options.case)]
     if not chosen:
         return _refuse(f"--case {options.case!r} matches nothing. --list has the names.")
     if backend.why_unusable() is not None:
@@ -75,31 +90,40 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": machine(device),
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    # the numerics may take at most half of the time: what they leave out is named and not called right
-    report["numerics"], passed = _numerics(device, options.interpret, begun + 30 * options.minutes)
-    if passed and not (options.numerics or options.interpret):
-        report["cases"] = _cases(chosen, device, until)
-        if options.case == "*":
-            report["networks"] = _networks(device, until, options.compiled)
-    report["seconds"] = time.monotonic() - begun
-    return _finish(report, passed, device, options)
+    path = _path(report, device, options)
 
-
-def _finish(report: dict[str, Any], passed: bool, device: torch.device, options: argparse.Namespace) -> int:
-    path = options.output
-    if path is None and device.type == "cuda":
-        name = "".join(c if c.isalnum() else "-" for c in report["machine"]["gpu"].lower()).strip("-")
-        path = RESULTS / f"gpu-{name}-{report['begun'][:10]}.json"
-        path.parent.mkdir(exist_ok=True)
-    try:
+    def save(**part: Any) -> None:
+        report.update(part, seconds=time.monotonic() - begun)
         if path is not None:
             write_json(path, report)
-            print(path)
+
+    try:
+        # the numerics may take at most half of the time: what they leave out is named and not called right
+        results, passed = _numerics(device, options, begun + 30 * options.minutes)
+        save(numerics=results)
+        if not passed:
+            print("the numerics are wrong: nothing was timed.", file=sys.stderr)
+        elif not (options.numerics or options.interpret):
+            if options.networks is None:
+                reserved = NETWORKS_SECONDS if options.case == "*" else 0.0
+                save(cases=_cases(chosen, device, until - reserved))
+            if options.networks is not None or options.case == "*":
+                save(networks=_networks(device, until, options, lambda found: save(networks=found)))
     except FileError as error:
         return _refuse(str(error))
-    if not passed:
-        print("the numerics are wrong: nothing was timed.", file=sys.stderr)
+    if path is not None:
+        print(path)
     return 0 if passed else 1
+
+
+def _path(report: dict[str, Any], device: torch.device, options: argparse.Namespace) -> Path | None:
+    path: Path | None = options.output
+    if path is None and device.type == "cuda":
+        name = "".join(c if c.isalnum() else "-" for c in report["machine"]["gpu"].lower()).strip("-")
+        what = "" if options.networks is None else "-networks" + "-compiled" * options.compiled
+        path = RESULTS / f"gpu-{name}{what}-{report['begun'][:10]}.json"
+        path.parent.mkdir(exist_ok=True)
+    return path
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -127,13 +151,18 @@ def machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _numerics(device: torch.device, quick: bool, until: float) -> tuple[list[dict[str, Any]], bool]:
+def _numerics(
+    device: torch.device, options: argparse.Namespace, until: float
+) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
     results, passed = [], True
-    for result in gpu_numerics.check(device, quick=quick, until=until):
+    names = () if options.networks is None else gpu_numerics.NETWORKS
+    workers = 1 if options.interpret else max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
+    for result in gpu_numerics.check(device, names=names, quick=options.interpret, until=until, workers=workers):
         results.append(result)
         verdict = {True: "ok", False: "WRONG", None: "left out"}[result["passed"]]
         worst = max((e[1] for e in result.get("errors", {}).values()), default=0.0)
-        print(f"{verdict:9}{result['name']:44}largest error {worst:.1e}", file=sys.stderr, flush=True)
+        said = result.get("error") or f"largest error {worst:.1e}"
+        print(f"{verdict:9}{result['name']:44}{said}", file=sys.stderr, flush=True)
         passed &= result["passed"] is not False
     return results, passed
 
@@ -143,10 +172,10 @@ def _cases(chosen: list[Any], device: torch.device, until: float) -> dict[str, A
 
     found: dict[str, Any] = {}
     for case in chosen:
-        if time.monotonic() > until - 60:  # the networks need the rest
+        if time.monotonic() > until:
             found[case.name] = {"skipped": "no time left"}
             continue
-        each = gpu_timing.measure(case, ["nbhd", *case.peers], device)
+        each = gpu_timing.measure(case, gpu_cases.contenders(case), device)
         published = gpu_cases.PUBLISHED.get(case.name)
         if published is not None:
             each["natten_published_ms_on_h100"] = published
@@ -159,22 +188,31 @@ def _cases(chosen: list[Any], device: torch.device, until: float) -> dict[str, A
 def _summary(each: dict[str, Any]) -> str:
     ms = each.get("nbhd_ms")
     if ms is None:
-        return f"no result: {each['notes'].get('nbhd')}"
+        return f"no result: {each['notes'].get(each['first'])}"
     peers = " ".join(
         f"{name} {ratio['forward']:.2f}x {ratio['both']:.2f}x"
         for name, ratio in each["ratios"].items()
-        if name != "nbhd"
+        if name != each["first"]
     )
     return f"{ms['forward']:.3f} ms, with backward {ms['both']:.3f} ms  {peers}"
 
 
-def _networks(device: torch.device, until: float, with_compile: bool) -> dict[str, Any]:
+def _networks(
+    device: torch.device, until: float, options: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     from benchmarks import gpu_networks
 
-    found = gpu_networks.measure(device, until, with_compile=with_compile)
+    found = gpu_networks.measure(
+        device, until, names=options.networks or "*", with_eager=not options.compiled, save=save
+    )  # fmt: skip
     for name, entry in found["networks"].items():
-        rates = ", ".join(f"{how} {rate:.0f} images/s" for how, rate in entry["images_per_second"].items())
+        rates = ", ".join(
+            f"{how} {rate:.0f} images/s {entry['peak_bytes'][how] / 2**30:.2f} GiB"
+            for how, rate in entry["images_per_second"].items()
+        )
         print(f"{name:44}{rates}", file=sys.stderr, flush=True)
+    for label, reason in found["notes"].items():
+        print(f"{label:44}{reason}", file=sys.stderr, flush=True)
     return found
 
 

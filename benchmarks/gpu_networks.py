@@ -1,73 +1,154 @@
-"""Whole networks on the GPU: NAT-Tiny against Swin-T and ConvNeXt-T, images a second and peak memory."""
+"""Whole networks on the GPU, inference and training, with and without torch.compile: images a second and peak memory.
+
+NAT-Tiny and NAT-Base against transformers' Swin-T, Swin-B and ConvNeXt-T; autocast to bfloat16, weights in float32.
+All of them as they are first, which takes less than a minute, then compiled ones while there is time: compiling takes
+minutes for some. What was left out is named in ``notes``.
+
+Peak memory is what the network takes of the device: its weights, with training gradients and the optimizer's state too,
+and the most that a step held beyond them. Other networks on the device are not counted.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch._dynamo
+from torch import Tensor, nn
 
-from benchmarks.gpu_timing import first_call, milliseconds, peak_bytes
+from benchmarks.gpu_timing import first_call, free, milliseconds, peak_bytes, why
 from benchmarks.models import LABELS, NETWORKS
 
 BATCH, SIDE, ROUNDS = 128, 224, 5
+HOWS = ("inference", "training")
+
+#: What is compiled, in this order: each way of the small ones, then of the large ones.
+COMPILED = tuple(
+    (name, how)
+    for names in (("nat-tiny", "swin-tiny", "convnext-tiny"), ("nat-base", "swin-base"))
+    for how in HOWS
+    for name in names
+)
+#: Seconds that compiling may take, before one was compiled: after that, what the longest took.
+GUESS = {"inference": 40.0, "training": 90.0}
 
 
-def _runs(network: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], object]]:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+class Network:
+    """A network on the device, with an optimizer once it has been trained."""
 
-    def infer() -> object:
-        network.eval()
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-            return network(pixels).logits
+    def __init__(self, name: str, device: torch.device, batch: int, side: int, *, is_small: bool = False) -> None:
+        torch.manual_seed(0)
+        with device:  # its random weights are drawn there: on a processor that takes seconds
+            network = NETWORKS[name](is_small)
+        self.device = device
+        self.network = network.to(device)
+        pixels = torch.randn(batch, 3, side, side, device=device)
+        if name.startswith("convnext"):
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        self.pixels, self.labels = pixels, torch.arange(batch, device=device) % LABELS
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._compiled: Any = None
 
-    def train() -> object:
-        network.train()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(network(pixels).logits, labels)
-        loss.backward()
-        optimizer.step()
-        return loss
+    def compiled(self, compiler: str) -> Any:
+        """The same network under torch.compile: no weights of its own."""
+        if self._compiled is None:
+            self._compiled = torch.compile(self.network, backend=compiler)
+        return self._compiled
 
-    return {"inference": infer, "training": train}
+    def run(self, how: str, called: Callable[..., Any]) -> Callable[[], object]:
+        """A batch of inference or a step of training by ``called``, the network or its compiled form."""
+
+        def infer() -> object:
+            self._switch(False)
+            with torch.inference_mode(), self._autocast():
+                return called(self.pixels).logits
+
+        def train() -> object:
+            if self.optimizer is None:
+                self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=True)
+            self._switch(True)
+            with self._autocast():
+                loss = nn.functional.cross_entropy(called(self.pixels).logits, self.labels)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)  # at the end: between steps weights and state alone are there
+            return loss.detach()
+
+        return {"inference": infer, "training": train}[how]
+
+    def _switch(self, training: bool) -> None:
+        if self.network.training != training:  # a walk over all modules
+            self.network.train(training)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def resident_bytes(self, how: str) -> int:
+        """What lies on the device between two calls: weights and, for training, the optimizer's state."""
+        kept: list[Tensor] = [*self.network.parameters(), *self.network.buffers()]
+        if how == "training" and self.optimizer is not None:
+            states = self.optimizer.state.values()
+            kept += [t for state in states for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.untyped_storage().nbytes() for t in kept if t.device.type == self.device.type)
 
 
-def measure(device: torch.device, until: float, *, with_compile: bool) -> dict[str, Any]:
-    """Images a second of every network, interleaved; autocast to bfloat16, batch 128 at 224x224."""
-    pixels = torch.randn(BATCH, 3, SIDE, SIDE, device=device)
-    labels = torch.arange(BATCH, device=device) % LABELS
-    runs: dict[tuple[str, str], Callable[[], object]] = {}
-    found: dict[str, Any] = {"batch": BATCH, "side": SIDE, "networks": {}, "notes": {}}
-    for name, make in NETWORKS.items():
-        for compiled in (False, True) if with_compile else (False,):
-            label = f"{name}{' compiled' if compiled else ''}"
-            if time.monotonic() > until:
-                found["notes"][label] = "no time left"
+def measure(
+    device: torch.device, until: float, *, names: str = "*", with_eager: bool = True, with_compile: bool = True,
+    save: Callable[[dict[str, Any]], None] = lambda found: None, batch: int = BATCH, side: int = SIDE,
+    is_small: bool = False, compiler: str = "inductor",
+) -> dict[str, Any]:  # fmt: skip
+    """Samples, images a second and peaks of the networks that ``names`` (a glob) matches; ``save`` gets what is there
+    after each part.
+    """
+    chosen = [name for name in NETWORKS if fnmatchcase(name, names)]
+    found: dict[str, Any] = {"batch": batch, "side": side, "networks": {}, "notes": {}}
+    here: dict[str, Network] = {}
+    eager = [(name, how) for name in chosen for how in HOWS] if with_eager else []
+    compiled = [(name, how) for name, how in COMPILED if name in chosen] if with_compile else []
+    longest: dict[str, list[float]] = {how: [] for how in HOWS}
+
+    def prepared(parts: list[tuple[str, str]], is_compiled: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+        for name, how in parts:
+            label = f"{name}{' compiled' if is_compiled else ''}"
+            needed = max(longest[how], default=GUESS[how]) if is_compiled else 0.0
+            if time.monotonic() + needed > until:
+                found["notes"][f"{label} {how}"] = "no time left"
                 continue
+            begun = time.monotonic()
             try:
-                torch.manual_seed(0)
-                network = make(False).to(device)
-                if compiled:
-                    network.compile()
-                entry: dict[str, Any] = {"first_call_seconds": {}, "peak_bytes": {}, "ms": {}}
-                each = _runs(network, pixels, labels)
-                for how, run in each.items():
-                    entry["first_call_seconds"][how] = first_call(run)
-                    run()
-                    entry["peak_bytes"][how] = peak_bytes(run)
+                if name not in here:
+                    here[name] = Network(name, device, batch, side, is_small=is_small)
+                network = here[name]
+                called = network.compiled(compiler) if is_compiled else network.network
+                run = network.run(how, called)
+                seconds = first_call(run)
+                run()  # the optimizer has its state from the first step on, the allocator its blocks
+                peak = peak_bytes(run) + network.resident_bytes(how)
             except Exception as error:  # out of memory, a compiler that fails: a result too
-                found["notes"][label] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                found["notes"][f"{label} {how}"] = why(error)
+                free()
                 continue
-            found["networks"][label] = entry
-            runs |= {(label, how): run for how, run in each.items()}
-    for _ in range(ROUNDS):
-        for (label, how), run in runs.items():
-            found["networks"][label]["ms"].setdefault(how, []).append(milliseconds(run, 2))
-    for entry in found["networks"].values():
-        entry["images_per_second"] = {
-            how: BATCH / statistics.median(samples) * 1e3 for how, samples in entry["ms"].items()
-        }
+            longest[how].append(time.monotonic() - begun)
+            entry = found["networks"].setdefault(label, {"first_call_seconds": {}, "peak_bytes": {}, "ms": {}})
+            entry["first_call_seconds"][how], entry["peak_bytes"][how] = seconds, peak
+            free()
+            yield label, how, run
+
+    # code that the networks share is compiled for each of them and each way: ten times, and eight is the default
+    torch._dynamo.config.recompile_limit = 64
+    for parts, is_compiled in ((eager, False), (compiled, True)):
+        longest = {how: [] for how in HOWS}
+        runs = list(prepared(parts, is_compiled))
+        for _ in range(ROUNDS):
+            for label, how, run in runs:
+                found["networks"][label]["ms"].setdefault(how, []).append(milliseconds(run, 2))
+        for entry in found["networks"].values():
+            entry["images_per_second"] = {
+                how: batch / statistics.median(samples) * 1e3 for how, samples in entry["ms"].items()
+            }
+        save(found)
     return found

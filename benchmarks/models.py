@@ -6,6 +6,7 @@ convolutions only. A training step is forward, cross-entropy, backward and AdamW
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -54,20 +55,24 @@ CASES = {
 }
 
 
-def _nat(is_small: bool) -> nn.Module:
+def _nat(is_small: bool, variant: str = "nat_tiny") -> nn.Module:
     from nbhd.models import NatConfig, NatForImageClassification
 
     smaller = {"embed_dim": 32, "depths": [1, 1, 1, 1]} if is_small else {}
-    return NatForImageClassification(NatConfig.from_variant("nat_tiny", num_labels=LABELS, **smaller))
+    return NatForImageClassification(NatConfig.from_variant(variant, num_labels=LABELS, **smaller))
 
 
-def _swin(is_small: bool) -> nn.Module:
+#: Swin-B where transformers' defaults are Swin-T (Liu et al. 2021, section 3.3). Its windows are 7x7 too.
+SWIN_BASE = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
+
+
+def _swin(is_small: bool, **size: Any) -> nn.Module:
     from transformers import SwinConfig, SwinForImageClassification
 
-    options: dict[str, Any] = {"num_labels": LABELS}
+    options: dict[str, Any] = {"num_labels": LABELS, **size}
     if is_small:
         options |= {"depths": [1, 1, 1, 1], "embed_dim": 48}
-    return SwinForImageClassification(SwinConfig(**options))  # its defaults are Swin-T
+    return SwinForImageClassification(SwinConfig(**options))
 
 
 def _convnext(is_small: bool) -> nn.Module:
@@ -80,7 +85,14 @@ def _convnext(is_small: bool) -> nn.Module:
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-NETWORKS: dict[str, Callable[[bool], nn.Module]] = {"nat-tiny": _nat, "swin-tiny": _swin, "convnext-tiny": _convnext}
+#: The larger two are in no case here: GPUs alone are measured with them (``gpu_networks``).
+NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
+    "nat-tiny": _nat,
+    "swin-tiny": _swin,
+    "convnext-tiny": _convnext,
+    "nat-base": functools.partial(_nat, variant="nat_base"),
+    "swin-base": functools.partial(_swin, **SWIN_BASE),
+}
 
 #: What a network's name may end in.
 VARIANTS = ("bfloat16", "compiled")
@@ -92,6 +104,8 @@ TITLES = {
     "swin-tiny": "Swin-T (transformers)",
     "swin-tiny-bfloat16": "Swin-T (transformers), bfloat16",
     "convnext-tiny": "ConvNeXt-T (transformers)",
+    "nat-base": "NAT-Base (nbhd)",
+    "swin-base": "Swin-B (transformers)",
 }
 
 

@@ -12,7 +12,26 @@ from benchmarks.cases import Case
 from nbhd.backends.triton import launches
 
 #: A once and a walked kernel, forward and both backward ones, one of float32.
-LINES = ("fo16-32-bias forward bias", "kl16-32 key bias", "ql16-64x32 query", "fl32-64 forward ieee")
+LINES = ("fo16-32-one forward bias", "kl16-32 key bias", "ql16-64x32 query", "fl32-64 forward ieee")
+
+#: The table has planes. Where an axis is missing, or has windows of one key, the kernels are other code.
+PATHS = {
+    "sequence": Case("s", (400,), 2, 64, (129,), has_bias=True, dtype="float16"),
+    "row": Case("r", (9, 50), 2, 32, (1, 7), has_bias=True, dtype="bfloat16"),
+    "volume": Case("v", (8, 16, 16), 2, 32, (3, 4, 5), has_bias=True, dtype="float32"),
+}
+
+
+def path_of(case: Case, target: str) -> dict[str, int]:
+    """Registers by kind of launch, each with the row that is chosen: all of them compile."""
+    gpu, limits = gpu_code.TARGETS[target]
+    found = {}
+    for kind, call, build in gpu_code.plans(case, limits):
+        kernel = "gather" if kind == "gather-table" else kind
+        row, tile = launches.rows_of(call, kernel, case.has_bias and kernel not in ("gather", "scatter"))[0]
+        launch = gpu_code.main_launch(build(row, tile))
+        found[kind] = gpu_code.read(gpu_code.compiled(launch, gpu)).registers
+    return found
 
 
 def specializations(case: Case, target: str) -> list[str]:
@@ -45,7 +64,8 @@ def main() -> None:
             frozenset(specializations(replace(case, spatial=s, batch=b), "sm_90")) for s in sizes for b in (1, 2, 5)
         }
         same[name] = len(found)
-    print(json.dumps({"triton": triton.__version__, "codes": codes, "specializations": same}))
+    paths = {name: path_of(case, "sm_90") for name, case in PATHS.items()}
+    print(json.dumps({"triton": triton.__version__, "codes": codes, "specializations": same, "paths": paths}))
 
 
 if __name__ == "__main__":

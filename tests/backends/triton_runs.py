@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -449,6 +450,8 @@ GROUPS = {
 
 
 def main() -> None:
+    # Triton 3.6's interpreter makes a range of an array of one number, which NumPy 1.26 warns of and 2.4 refuses
+    warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: types.SimpleNamespace(restore=lambda: None)
     options = interpreter.interpreter_builder.options

@@ -35,14 +35,16 @@ def why_unusable() -> str | None:
     """Why the kernels cannot run on this machine, or None. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed. {_REMEDY}"
-    version = _version()
-    if version is not None and version[:2] < OLDEST:
-        found, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST))
+    installed = version()
+    if installed is not None and installed[:2] < OLDEST:
+        found, oldest = ".".join(map(str, installed)), ".".join(map(str, OLDEST))
         return f"Triton {found} is too old, {oldest} is needed. {_REMEDY}"
     return None
 
 
-def _version() -> tuple[int, ...] | None:
+@functools.cache
+def version() -> tuple[int, ...] | None:
+    """The installed Triton's version, None where it cannot be told. Does not import Triton."""
     for name in _DISTRIBUTIONS:
         try:
             found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", metadata.version(name))

@@ -5,7 +5,9 @@ and with ``bias`` true or false calls with or without a relative position bias (
 queries (``count`` boxes of them) and ``keys`` keys; their shape is the one that visits the least for the window at hand
 (:mod:`~nbhd.backends.triton.boxes`). ``cost`` is the time of a visited pair relative to the other rows of the same
 kernel pair: ESTIMATES from machine code until ``make gpu-tune`` has measured them. ``shared`` is the shared memory that
-the compiler asked for, in bytes, by vendor; ``vendors`` are those a row is for, where not for all.
+the compiler asked for, in bytes, by vendor; ``vendors`` are those a row is for, where not for all, and ``since`` the
+oldest Triton. Several boxes in a program (``count``) are a batched product. Before Triton 3.9 on NVIDIA, and on AMD,
+its warps are laid along the batch alone: where there are more warps than boxes they repeat each other's work.
 
 ``measured`` holds what ``make gpu-tune`` found: for a call, by its key, the row that was fastest.
 """
@@ -56,6 +58,7 @@ class Row:
     cost: float
     shared: dict[str, int]
     vendors: tuple[str, ...] = ()
+    since: tuple[int, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -90,7 +93,8 @@ def _document() -> dict[str, Any]:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """The table, in the order of the file."""
-    return tuple(Row(**{**row, "vendors": tuple(row.get("vendors", ()))}) for row in _document()["rows"])
+    lists = ("vendors", "since")
+    return tuple(Row(**{**row, **{n: tuple(row.get(n, ())) for n in lists}}) for row in _document()["rows"])
 
 
 def as_text(document: dict[str, Any]) -> str:
@@ -128,13 +132,24 @@ def estimate(row: Row, found: Tile, problem: Problem) -> float:
     if row.kernel.endswith("_once"):
         visited = math.prod(found.keys) * boxes.padding(problem.axes, _owned(found))
         return row.cost * visited / math.prod(a.kernel_size for a in problem.axes)
+    if row.kernel == "query_loop" and problem.kernel == "query" and problem.has_bias:
+        # the gradient of the bias is a launch of its own, which walks the same boxes again
+        return 2 * row.cost * boxes.waste(problem.axes, found.queries, found.keys)
     if row.kernel == "key_loop":
         return row.cost * boxes.waste(problem.axes, found.keys, found.queries)
     return row.cost * boxes.waste(problem.axes, found.queries, found.keys)
 
 
+def _triton() -> tuple[int, ...] | None:
+    from nbhd.backends import triton
+
+    return triton.version()
+
+
 def runs_on(row: Row, vendor: str) -> bool:
-    """Whether a row of the table is meant for this vendor, or for the family it belongs to."""
+    """Whether a row of the table is meant for this vendor, or for the family it belongs to, and this Triton."""
+    if vendor != "interpreter" and row.since and (_triton() or row.since) < row.since:
+        return False
     return not row.vendors or vendor == "interpreter" or vendor in row.vendors or FAMILIES.get(vendor) in row.vendors
 
 

@@ -86,8 +86,8 @@ def key_loop(
     dk = tl.zeros([N, BD], tl.float32)
     dv = tl.zeros([N, BDV], tl.float32)
     at = f
-    for i in tl.range(boxes * kv_group):
-        head = kv_head * kv_group + i // boxes
+    head = kv_head * kv_group
+    for _ in tl.range(boxes * kv_group):
         base = b * tokens * heads + head
         q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, at, g, G, d, 1, TQ, D, BD)
         do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, at, g, G, d, 1, TQ, DV, BDV)
@@ -107,8 +107,9 @@ def key_loop(
         ds = w * (dot_nt(v, do, PREC) - delta[None, :])
         dk = dot_add(ds.to(q.dtype), q, dk, PREC)
         at = next_box(at, f, z, TQ)
-        if i % boxes == boxes - 1:  # the next head begins
-            at = f
+        is_last = at[0] >= z[0]  # the next head begins
+        at = (tl.where(is_last, f[0], at[0]), at[1], at[2])
+        head += is_last.to(tl.int64)
     inside = in_group(x, G)
     base = b * tokens * kv_heads + kv_head
     row = tokens_of(clamp(x, G), g, L, d, WIDE) * kv_heads

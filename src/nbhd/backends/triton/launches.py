@@ -129,22 +129,17 @@ class Map:
     def admit(self, *tensors: Tensor) -> None:
         """Take note of what divides the strides of ``tensors`` and whether offsets in an image need 64 bits."""
         for tensor in tensors:
-            sizes, strides = tensor.shape[1:-2], tensor.stride()[1:-2]
-            span = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + tensor.shape[-1]
-            self.wide |= span >= 1 << 31
-            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-                while size > 1 and stride % self.align:
-                    self.align //= 2
+            is_wide, align = _layout(tensor.shape, tensor.stride())
+            self.wide |= is_wide
+            self.align = min(self.align, align)
 
     def admit_rows(self, width: int) -> None:
         """The same for a contiguous tensor ``[batch, *spatial, heads, width]``."""
         self.wide |= self.tokens * self.heads * width >= 1 << 31
 
-    def strides(self, tensor: Tensor) -> list[int]:
+    def strides(self, tensor: Tensor) -> tuple[int, ...]:
         """Strides of batch, three axes and head, in units of ``align``; 0 where there is but one."""
-        found = [0 if n == 1 else s for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)]
-        axes = boxes.three(tuple(found[1:-1]), 0)
-        return [x // self.align for x in (found[0], *axes, found[-1])]
+        return _strides(tensor.shape, tensor.stride(), self.align)
 
     def sizes(self, scale: float) -> list[Any]:
         dilation = [a.dilation for a in self.axes]
@@ -185,6 +180,22 @@ class Map:
         return padded, [
             Launch(score_tiles.pad_table, grid, [bias.detach().contiguous(), padded], constants, None, options)
         ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[bool, int]:
+    """Whether offsets in an image need 64 bits, and the power of two, up to 16, that divides all strides."""
+    inner = list(zip(shape[1:-2], strides[1:-2], strict=True))
+    span = sum((size - 1) * stride for size, stride in inner) + shape[-1]
+    divisor = math.gcd(16, *(stride for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1))
+    return span >= 1 << 31, divisor
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...], align: int) -> tuple[int, ...]:
+    found = [0 if n == 1 else s for n, s in zip(shape[:-1], strides[:-1], strict=True)]
+    axes = boxes.three(tuple(found[1:-1]), 0)
+    return tuple(x // align for x in (found[0], *axes, found[-1]))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -251,9 +262,10 @@ def rows_of(call: Map, kernel: str, has_bias: bool) -> tuple[tuple[Row, Tile], .
     Raises:
         LookupError: none can.
     """
-    found = configurations.ranked(call.problem(kernel, has_bias), call.target.vendor, call.target.shared)
+    problem = call.problem(kernel, has_bias)
+    found = configurations.ranked(problem, call.target.vendor, call.target.shared)
     if not found:
-        raise LookupError(f"no configuration runs {call.problem(kernel, has_bias).key!r} on {call.target}.")
+        raise LookupError(f"no configuration runs {problem.key!r} on {call.target}.")
     return found
 
 
@@ -266,8 +278,7 @@ def execute(
     """Run the launches of the best row that the device takes: one too large for it is not tried twice."""
     found = rows_of(call, kernel, has_bias)
     for i, (row, tile) in enumerate(found):
-        name = (call.problem(kernel, has_bias).key, row.id)
-        if name in _too_large:
+        if _too_large and (call.problem(kernel, has_bias).key, row.id) in _too_large:
             continue
         try:
             for launch in build(row, tile):
@@ -276,5 +287,5 @@ def execute(
         except OutOfResources:
             if i == len(found) - 1:
                 raise
-            _too_large.add(name)
+            _too_large.add((call.problem(kernel, has_bias).key, row.id))
     raise LookupError(f"no configuration of {kernel} fits {call.target}.")

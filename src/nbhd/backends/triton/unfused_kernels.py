@@ -204,8 +204,8 @@ def scatter(
     boxes = count_boxes(f, z, TQ)
     acc = tl.zeros([N, BD], tl.float32)
     at = f
-    for i in tl.range(boxes * kv_group):
-        head = kv_head * kv_group + i // boxes
+    head = kv_head * kv_group
+    for _ in tl.range(boxes * kv_group):
         q = load_box(q_ptr + (b * qsb + head * qsh) * ALIGN, qs, at, g, G, d, 1, TQ, D, BD)
         y = places(at, 1, TQ)
         ok = in_group(y, G)
@@ -217,8 +217,9 @@ def scatter(
         w = tl.load(slots_ptr + (b * tokens * heads + head) * SLOTS + o, mask=ok, other=0.0)
         acc = dot_add(w.to(q.dtype), q, acc, PREC)
         at = next_box(at, f, z, TQ)
-        if i % boxes == boxes - 1:  # the next head begins
-            at = f
+        is_last = at[0] >= z[0]  # the next head begins
+        at = (tl.where(is_last, f[0], at[0]), at[1], at[2])
+        head += is_last.to(tl.int64)
     base = b * tokens * kv_heads + kv_head
     row = tokens_of(clamp(x, G), g, L, d, WIDE) * kv_heads
     store_rows(out_ptr + base * D, row * D, acc * scale, in_group(x, G), D, BD)
