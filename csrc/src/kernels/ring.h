@@ -22,11 +22,19 @@ struct Ring {
     int64_t natural_row(int channels) const { return (int64_t)width * round_up(channels); }
 };
 
+// At least `least` numbers from a channel to the next: whole vectors, and an odd number of cache lines where a tile reads only some of
+// them, so that the channels of a tile do not fall into the same few sets of the first-level cache.
+static int row_pitch(int least) {
+    constexpr int line = 64 / (int)sizeof(Real);
+    const int pitch = round_up(least);
+    return pitch > 3 * line && pitch % (2 * line) == 0 ? pitch + line : pitch;
+}
+
 static Ring make_ring(const Map &m, const Block &b, int heads, const ColumnTiles &tiles) {
     Ring r;
     r.shape = ring_shape(m, b);
     r.heads = heads, r.width = b.row.width;
-    r.pitch = round_up(r.width * heads > tiles.reach ? r.width * heads : tiles.reach);
+    r.pitch = row_pitch(r.width * heads > tiles.reach ? r.width * heads : tiles.reach);
     r.packed = r.flushed = 0;
     return r;
 }
