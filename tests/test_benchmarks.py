@@ -6,7 +6,10 @@ import inspect
 import itertools
 import json
 import math
+import platform
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -422,3 +425,11 @@ def test_linear_layers(threads: int) -> None:
     assert done.exit_code == 0, done.output
     rows = [line for line in done.output.splitlines() if "->" in line]
     assert len(rows) == 12 and all(re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\) +\d+\.\d\d \(", row) for row in rows)
+
+
+def test_the_timing_of_the_cores_kernels_compiles() -> None:
+    compiler = shutil.which("c++") or shutil.which("clang++")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("it needs a C++ compiler and x86-64")
+    flags = ("-std=c++20", "-fsyntax-only", "-mavx2", "-mfma", "-mf16c", "-mbmi2")
+    subprocess.run([compiler, *flags, str(ROOT / "benchmarks/core/tiles.cpp")], check=True)

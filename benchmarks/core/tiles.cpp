@@ -117,7 +117,8 @@ int main(int argc, char **argv) {
         ForwardBuffers f{};
         buffers(f);
         fill_bias(f.bias, p, 0, 1, f.columns, f.tiles.n);
-        clear(f.keys);
+        clear_rest(f.keys);
+        Ahead nothing_ahead;
         RowTile t;
         t.key = f.key_rows;
         row_tile(t, m.axis[0], m.axis[1], window, f.ring.shape, 0, y, tile_rows);
@@ -127,7 +128,7 @@ int main(int argc, char **argv) {
             printf("rows %d to %d, %d queries of tile %d\n", y, y + tile_rows - 1, c.n, i);
             print("  scores", shortest([&] {
                       tile_scores(TileScores{&t, t.key, t.key + t.key_rows, &c, &f.keys, 0, f.query, 1, &f.bias, 0,
-                                             window, window, row_scores, f.scores, f.maximum});
+                                             window, window, row_scores, f.scores, f.maximum, &nothing_ahead});
                   }),
                   products);
             print("  exponentials", shortest([&] {
@@ -139,7 +140,7 @@ int main(int argc, char **argv) {
             WeightedSum s;
             s.weights = f.scores, s.weights_row = row_scores, s.step = window * lanes, s.values = f.values;
             s.ring_row = f.ring.natural_row(dim), s.width = round_up(dim), s.rows = &t, s.normaliser = f.normaliser;
-            s.factor = 1;
+            s.factor = 1, s.ahead = &nothing_ahead;
             print("  weighted sum", shortest([&] {
                       for (int k = 0; k < c.runs; k++) {
                           const Run &run = c.run[k];
@@ -156,6 +157,7 @@ int main(int argc, char **argv) {
         t.key = g.key_rows;
         row_tile(t, m.axis[0], m.axis[1], window, g.ring.shape, 0, y, tile_rows);
         KeyGradient k{};
+        k.ahead = &nothing_ahead;
         k.rows = &t, k.blocks = g.blocks, k.n_blocks = make_gradient_blocks(t, g.vectors_at_once, g.blocks);
         k.vectors_at_once = g.vectors_at_once, k.weights = g.scores, k.weights_row = row_scores,
         k.step = window * lanes;
