@@ -26,6 +26,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
 
 
 @pytest.fixture
@@ -200,6 +201,7 @@ def test_nat_gives_the_same(monkeypatch: pytest.MonkeyPatch, threads: int) -> No
     config = NatConfig.from_variant("nat_mini", num_labels=5, depths=[1, 1, 1, 1])
     model = NatForImageClassification(config).eval()
     pixels = torch.randn(2, 3, 224, 224)
+    monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
     found = []
     for slow in (False, True):
         monkeypatch.setattr(linear, "mkl_is_slow", lambda slow=slow: slow)
@@ -233,14 +235,31 @@ def test_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch, maker: str | None, c
     assert linear.mkl_is_slow.__wrapped__() is False
 
 
+@pytest.mark.parametrize(
+    ("maker", "family", "expected"),
+    [
+        ("AuthenticAMD", 25, linear.SMALLEST_WORK_ON_ZEN_4),
+        ("AuthenticAMD", 26, linear.SMALLEST_WORK),
+        ("AuthenticAMD", None, linear.SMALLEST_WORK),
+        ("HygonGenuine", 25, linear.SMALLEST_WORK),
+    ],
+)
+def test_how_much_work_is_enough(
+    monkeypatch: pytest.MonkeyPatch, maker: str, family: int | None, expected: int
+) -> None:  # fmt: skip
+    monkeypatch.setattr(linear, "maker", lambda: maker)
+    monkeypatch.setattr(linear, "family", lambda: family)
+    assert linear.smallest_work.__wrapped__() == expected
+
+
 def test_maker(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC"}
+    fields = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC", "cpu family": "25"}
     monkeypatch.setattr(_processor, "_linux", fields.get)
-    assert (_processor.maker(), _processor.name()) == ("AuthenticAMD", "AMD EPYC")
+    assert (_processor.maker(), _processor.name(), _processor.family()) == ("AuthenticAMD", "AMD EPYC", 25)
     fields.clear()
     monkeypatch.setattr(_processor.platform, "system", lambda: "Windows")
     monkeypatch.setattr(_processor.platform, "processor", lambda: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD")
-    assert _processor.maker() == "AuthenticAMD"
+    assert (_processor.maker(), _processor.family()) == ("AuthenticAMD", 26)
     monkeypatch.setattr(_processor.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(_processor.platform, "processor", lambda: "arm")
-    assert (_processor.maker(), _processor.name()) == (None, "arm")
+    assert (_processor.maker(), _processor.name(), _processor.family()) == (None, "arm", None)

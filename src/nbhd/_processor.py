@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
 
@@ -17,6 +18,14 @@ def maker() -> str | None:
     if named is None and platform.system() == "Windows":  # "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD"
         named = platform.processor().rpartition(", ")[2] or None
     return named
+
+
+def family() -> int | None:
+    """Of x86 processors the family, such as 25 (AMD's Zen 3 and Zen 4); None where that is not known."""
+    said = _linux("cpu family")
+    if said is None and platform.system() == "Windows":
+        said = next(iter(re.findall(r" Family (\d+) ", platform.processor())), None)
+    return int(said) if said is not None and said.isdecimal() else None
 
 
 def _linux(field: str) -> str | None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nbhd._processor import maker
+from nbhd._processor import family, maker
 
-#: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid.
-SMALLEST_WORK = 8_000_000
+#: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid: where
+#: AVX-512 makes twice the products of AVX2, and on AMD's Zen 4, where it makes as many and oneDNN is a little ahead.
+SMALLEST_WORK, SMALLEST_WORK_ON_ZEN_4 = 8_000_000, 100_000_000
 
 #: Fewer rows than this leave oneDNN's blocks half empty.
 FEWEST_ROWS = 128
@@ -115,7 +116,7 @@ def _pays(input: Tensor, weight: Tensor) -> bool:
         return False
     if not (input.dtype == weight.dtype == torch.float32 and input.is_cpu and input.is_contiguous()):
         return False
-    least = SMALLEST_WORK * (2 if torch.is_grad_enabled() else 1)  # three products to prepare instead of one
+    least = smallest_work() * (2 if torch.is_grad_enabled() else 1)  # three products to prepare instead of one
     if input.numel() < FEWEST_ROWS * weight.shape[1] or input.numel() * weight.shape[0] < least:
         return False
     return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
@@ -137,3 +138,10 @@ def mkl_is_slow() -> bool:
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and maker() not in (None, "GenuineIntel")
     )
+
+
+@functools.cache
+def smallest_work() -> int:
+    """Products from which on oneDNN is the faster, where `mkl_is_slow`; with gradients twice as many."""
+    is_zen_4 = maker() == "AuthenticAMD" and family() == 25  # Zen 3, of the same family, has no AVX-512
+    return SMALLEST_WORK_ON_ZEN_4 if is_zen_4 else SMALLEST_WORK
