@@ -45,7 +45,9 @@ def compare(
     """
     with reporting(debug=debug):
         torch.set_num_threads(threads)
-        here = "the convolution" if linear.mkl_is_slow() else "torch.nn.functional.linear"
+        here = "torch.nn.functional.linear"
+        if linear.mkl_is_slow():
+            here = f"the convolution from {linear.smallest_work():,} products on, with gradients from twice as many"
         typer.echo(f"{machine.describe()['cpu']}, torch {torch.__version__}, threads {threads}, batch {batch}")
         typer.echo(f"On this machine nbhd.linear takes {here}.")
         typer.echo("layer             ms forward:   linear   convolution                ratio    with gradients: ratio")

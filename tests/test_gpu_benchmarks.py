@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +14,8 @@ from benchmarks.cases import Case
 from benchmarks.subject import NotHere
 
 from nbhd.backends.triton import configurations
+from tests.processes import process
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: gpu_check is for it")
 
@@ -290,14 +286,7 @@ if __name__ == "__main__":
     for each in gpu_numerics.check(torch.device("cpu"), names=("plane",), quick=True, workers=2):
         print(each["name"], each["passed"], sorted(each))
 """
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [
+    assert process("-c", code, interpret=True).splitlines() == [
         f"plane bfloat16 {form} True ['errors', 'first_call_seconds', 'name', 'passed']"
         for form in ("fused", "unfused")
     ]
@@ -330,14 +319,7 @@ attention.BackwardPlan.table_launches = counted
 case = Case("tiny", (3, 4), heads=1, head_dim=16, kernel_size=(3, 3), dtype="bfloat16")
 print(json.dumps([gpu_tune.tune(case, torch.device("cpu")), len(tables)]))
 """
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found, tables = json.loads(done.stdout)
+    found, tables = json.loads(process("-c", code, interpret=True))
     assert [key.split()[0] for key in found] == ["forward", "query", "key"]
     for each in found.values():
         assert len(each) > 3 and all(isinstance(ms, float) for ms in each.values())

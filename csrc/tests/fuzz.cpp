@@ -7,11 +7,8 @@
 #include <map>
 #include <string>
 
+#include "../src/problem.h"
 #include "call.h"
-
-namespace nbhd {
-extern bool poisons_scratch; // src/problem.h
-}
 
 namespace {
 

@@ -23,22 +23,12 @@ from nbhd.backends import Call, triton
 from nbhd.backends.triton import boxes, configurations
 from nbhd.errors import BackendError
 from nbhd.geometry import Neighborhood
+from tests.processes import process
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
     triton.why_unusable() is not None, reason=f"needs Triton, which has wheels for Linux alone: {triton.why_unusable()}"
 )
-
-
-def process(*arguments: str, interpret: bool) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @functools.cache

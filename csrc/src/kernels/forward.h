@@ -366,18 +366,10 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                                   x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
                         Ahead ahead;
                         if (forward_asks_ahead(p) && (!next.next_map || next_map)) {
-                            const Map &of = next.next_map ? *next_map : m;
-                            const auto rows = [&](const Tensor &tensor, int head, int channels, bool of_keys) {
-                                const View<const T> v = view<const T>(tensor, p, of);
-                                if (of_keys)
-                                    ahead.add(v, next.key_z, next.key_begin, next.key_end, x, x_end, head, channels,
-                                              f.ring.heads);
-                                else
-                                    ahead.add(v, next.z, next.query_begin, next.query_end, x, x_end, head, channels,
-                                              f.ring.heads);
-                            };
-                            if (!q) rows(p.key, h, p.dim, true), rows(p.value, h, p.dim_v, true);
-                            rows(p.query, head, p.dim, false), rows(p.out, head, p.dim_v, false);
+                            const NextTile<T> tile{ahead, p,           next.next_map ? *next_map : m, next, x,
+                                                   x_end, f.ring.heads};
+                            if (!q) tile.keys(p.key, h, p.dim), tile.keys(p.value, h, p.dim_v);
+                            tile.queries(p.query, head, p.dim), tile.queries(p.out, head, p.dim_v);
                         }
                         forward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, ahead);
                     }

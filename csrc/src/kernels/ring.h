@@ -80,6 +80,25 @@ static NextRows next_rows(const Ring &r, const Block &b, const GroupAxis &y_axis
     return n;
 }
 
+// Asks for what the next tile reads and writes of a map's tensors, in the columns [x, x_end).
+template <class T>
+struct NextTile {
+    Ahead &ahead;
+    const Problem &p;
+    const Map &map;
+    const NextRows &rows;
+    int x, x_end, heads;
+
+    void keys(const Tensor &tensor, int head, int channels) const {
+        ahead.add(view<const T>(tensor, p, map), rows.key_z, rows.key_begin, rows.key_end, x, x_end, head, channels,
+                  heads);
+    }
+    void queries(const Tensor &tensor, int head, int channels) const {
+        ahead.add(view<const T>(tensor, p, map), rows.z, rows.query_begin, rows.query_end, x, x_end, head, channels,
+                  heads);
+    }
+};
+
 // The rows of keys whose gradients leave the ring after the tile at (z, y): memory to write is asked for like memory to read. None in
 // 3D, where whole planes leave it.
 struct FinishedRows {
