@@ -99,13 +99,19 @@ int32_t check_shape(const nbhd_call &c) {
     return NBHD_OK;
 }
 
-// NBHD_CPU_CACHE_KB, for machines with other caches and for tests, which cut small maps into many blocks with it.
+int64_t kilobytes(const char *variable, long otherwise) {
+    const char *text = getenv(variable);
+    const long kb = text ? strtol(text, nullptr, 10) : 0;
+    return (kb > 0 && kb < 1 << 20 ? kb : otherwise) * int64_t(1024);
+}
+
+// Sizes for machines with other caches, and for tests, which cut small maps into many blocks with them.
 int64_t cache_bytes() {
-    static const int64_t bytes = [] {
-        const char *text = getenv("NBHD_CPU_CACHE_KB");
-        const long kb = text ? strtol(text, nullptr, 10) : 0;
-        return (kb > 0 && kb < 1 << 20 ? kb : 512) * int64_t(1024); // Zen 3; later cores have more
-    }();
+    static const int64_t bytes = kilobytes("NBHD_CPU_CACHE_KB", 512); // Zen 3; later cores have more
+    return bytes;
+}
+int64_t last_cache_bytes() {
+    static const int64_t bytes = kilobytes("NBHD_CPU_LAST_CACHE_KB", 32 * 1024); // what a Zen 3 or 4 has for eight cores
     return bytes;
 }
 
@@ -204,7 +210,9 @@ int32_t run(const nbhd_call *call, Entry e) {
     const int64_t elements =
         c.batch * c.length[0] * c.length[1] * c.length[2] * (c.heads + c.kv_heads) * (c.dim + c.dim_v);
     p.small = elements * (e.backward ? 2 : 1) * (c.dtype == NBHD_FLOAT64 ? 8 : 4) <= p.cache_bytes;
-    p.far = elements * int64_t(element_size(c.dtype)) > 4 << 20 && is_amd();
+    const int64_t bytes = elements * int64_t(element_size(c.dtype));
+    p.far = bytes > 4 << 20 && is_amd();
+    p.from_memory = bytes > last_cache_bytes();
     for (const Use &u : uses)
         if (u.used(e.part, e.backward)) p.*u.of_problem = tensor(c.*u.of_call);
     if (biased) p.bias = c.rel_pos_bias;

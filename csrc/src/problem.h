@@ -45,6 +45,7 @@ struct Problem {
     int64_t cache_bytes; // that packed keys may take: about a second-level cache
     bool small;          // the tensors are that small as well: nothing is worth asking for ahead
     bool far;            // the tensors are so large that asking ahead pays even with 64-byte vectors
+    bool from_memory;    // and so large that no cache holds them
 
     int queries_per_kv_head() const { return heads / kv_heads; }
     int window() const { return axis[0].kernel * axis[1].kernel * axis[2].kernel; }

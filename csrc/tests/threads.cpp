@@ -26,7 +26,7 @@ Result run(Prepared &p, int64_t threads) {
 int main(int argc, char **argv) {
     if (!strcmp(nbhd_isa(), "none")) return 77;
     int failures = 0;
-    for (int which = 0; which < 5; which++)
+    for (int which = 0; which < 6; which++)
         for (int64_t dtype = 0; dtype < 4; dtype++) {
             truth::Case c;
             c.axis[1].length = which == 3 ? 1 : 47, c.axis[2].length = which == 3 ? 200 : 29;
@@ -34,8 +34,8 @@ int main(int argc, char **argv) {
             if (which == 1) c.axis[1].dilation = 2, c.axis[2].dilation = 3;
             if (which == 2) c.axis[0].length = 13, c.axis[0].kernel = 3, c.axis[1].length = 12, c.axis[2].length = 9;
             if (which == 4) c.axis[1].causal = true, c.axis[2].stride = 2;
-            c.heads = 2, c.kv_heads = which == 4 ? 1 : 2, c.dim = 12, c.dim_v = 16, c.bias = true, c.batch = 2,
-            c.scale = 0.3;
+            c.heads = 2, c.kv_heads = which == 4 ? 1 : 2, c.dim = 12, c.dim_v = 16, c.bias = true,
+            c.batch = which == 5 ? 16 : 2, c.scale = 0.3;
             std::mt19937_64 random(uint64_t(which + 1));
             Prepared p;
             p.make(c, dtype, random);

@@ -103,6 +103,7 @@ struct Plan {
     int cut_axis, cuts;   // cuts along one axis, each a task
     int y_block, x_block; // places of a block; y_block cuts 3D maps only
     int64_t tasks() const { return map_chunks * head_groups * cuts; }
+    int head_groups_of(const Problem &p) const { return (p.kv_heads + heads_per_task - 1) / heads_per_task; }
     bool shares_keys() const { return cuts > 1 || several_blocks; }
     bool several_blocks; // a task's map has more than one block
 };
@@ -182,49 +183,98 @@ static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int 
            (int64_t)sizeof(Real);
 }
 
-// `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
-static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) {
-    const int64_t cache = p.cache_bytes;
-    constexpr int64_t enough_tasks = 16,
-                      least_work = 1 << 21; // products of a cut: what is worth the keys that two of them pack
+// What cuts and tasks are worth: the keys that two cuts pack, a task's tables, other threads' waiting. In products.
+constexpr int64_t enough_tasks = 16, most_tasks = 256, least_work_of_cut = 1 << 21, least_work_of_task = 1 << 22;
+constexpr int few_half_windows = 3, many_half_windows = 12; // of a cut, at least: up to enough_tasks, and for more
+
+static int64_t possible_cuts(const Map &m, int axis, int half_windows) {
+    const int least_places[] = {1, 2 * tile_rows, 16 * lanes}, windows = half_windows * m.axis[axis].kernel / 2;
+    return m.axis[axis].length / (windows > least_places[axis] ? windows : least_places[axis]);
+}
+
+// Into how many tasks a map can be cut in both passes. The backward's cuts take turns, so that two are as good as one.
+static int64_t most_cuts_of(const Map &m) {
+    int64_t most = 1;
+    for (int a = 0; a < 3; a++)
+        if (possible_cuts(m, a, few_half_windows) > most) most = possible_cuts(m, a, few_half_windows);
+    return most / 2 > 0 ? most / 2 : 1;
+}
+
+static Plan whole_maps(const Problem &p) {
     Plan plan{};
     plan.maps = p.batch;
     for (int a = 0; a < 3; a++) plan.maps *= p.axis[a].dilation;
-    const Map m = map_of(p, 0); // the longest of all groups along every axis
-    const bool planes = m.axis[0].length > 1;
-    plan.y_block = m.axis[1].length, plan.x_block = m.axis[2].length;
+    plan.y_block = group_axis(p.axis[1], 0).length, plan.x_block = group_axis(p.axis[2], 0).length;
+    plan.cuts = 1;
+    return plan;
+}
+
+// Makes blocks smaller until `fits`, or until they are of `x_least` columns and a few rows.
+template <class Fits>
+static void make_blocks(Plan &plan, const Map &m, int x_least, Fits fits) {
     const int y_least = 4 * tile_rows > m.axis[1].kernel ? 4 * tile_rows : m.axis[1].kernel;
-    const int x_least = 4 * lanes > m.axis[2].kernel ? 4 * lanes : m.axis[2].kernel;
-    while (ring_bytes(p, m, plan, copies_transposed, copies_rows) > cache) {
-        const bool cut_y = planes && plan.y_block > y_least, cut_x = plan.x_block > x_least;
+    if (x_least < m.axis[2].kernel) x_least = m.axis[2].kernel;
+    while (!fits()) {
+        const bool cut_y = m.axis[0].length > 1 && plan.y_block > y_least, cut_x = plan.x_block > x_least;
         if (!cut_y && !cut_x) break;
         if (cut_x && (!cut_y || plan.x_block / lanes >= plan.y_block / tile_rows))
             plan.x_block = round_up((plan.x_block + 1) / 2);
         else plan.y_block = (plan.y_block / 2 + tile_rows - 1) / tile_rows * tile_rows;
     }
-    plan.several_blocks = plan.y_block < m.axis[1].length || plan.x_block < m.axis[2].length;
+}
 
-    // As many neighbouring heads as fit: a token's channels lie side by side.
-    const int64_t bytes = ring_bytes(p, m, plan, copies_transposed, copies_rows);
-    const int least_heads = is_narrow(p, m) && p.kv_heads > 1 ? 2 : 1;
-    plan.heads_per_task = least_heads;
-    while (plan.heads_per_task * 2 <= p.kv_heads && plan.heads_per_task * 2 * bytes <= cache) plan.heads_per_task *= 2;
-    // Enough tasks to keep many threads busy: images first, then heads, then places along an axis.
-    plan.cut_axis = 0, plan.cuts = 1;
-    const auto groups = [&] { return (p.kv_heads + plan.heads_per_task - 1) / plan.heads_per_task; };
-    while (plan.heads_per_task > least_heads && plan.maps * groups() < enough_tasks) plan.heads_per_task /= 2;
-    plan.head_groups = groups();
+// A task has one key/value head, or as many neighbours as the cache holds packed, halved while there are few tasks.
+static void take_heads_that_fit(Plan &plan, const Problem &p, const Map &m, int copies_transposed, int copies_rows) {
+    const auto bytes = [&] { return ring_bytes(p, m, plan, copies_transposed, copies_rows); };
+    make_blocks(plan, m, 4 * lanes, [&] { return bytes() <= p.cache_bytes; });
+    const int least = is_narrow(p, m) && p.kv_heads > 1 ? 2 : 1;
+    int &heads = plan.heads_per_task = least;
+    while (heads * 2 <= p.kv_heads && heads * 2 * bytes() <= p.cache_bytes) heads *= 2;
+    while (heads > least && plan.maps * plan.head_groups_of(p) < enough_tasks) heads /= 2;
+}
+
+// Tensors that come from memory: a task has the heads of a whole token, or enough of them for a kilobyte of it. What lies side by
+// side is then read together; head by head it takes up to twice the time. Blocks are narrow instead, of 16 columns and more. Their
+// packed keys may fill the cache: a tile needs one head's. Returns whether that can be done with enough tasks.
+static bool take_heads_together(Plan &plan, const Problem &p, const Map &m) {
+    constexpr int enough_channels = 256, columns = 16;
+    const int channels = p.dim > p.dim_v ? p.dim : p.dim_v;
+    int &heads = plan.heads_per_task = p.kv_heads;
+    while (heads > 1 && (heads + 1) / 2 * channels >= enough_channels) heads = (heads + 1) / 2;
+    if (is_narrow(p, m) && heads > 1) heads &= ~1;
+    const auto fits = [&] { return 10 * heads * ring_bytes(p, m, plan, 0, 1) <= 7 * p.cache_bytes; };
+    make_blocks(plan, m, columns > lanes ? columns : lanes, fits);
+    return fits() && plan.maps * plan.head_groups_of(p) * most_cuts_of(m) >= enough_tasks;
+}
+
+// `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
+static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) {
+    const Map m = map_of(p, 0); // the longest of all groups along every axis
+    Plan plan = whole_maps(p);
+    if (!p.from_memory || p.kv_heads == 1 || !take_heads_together(plan, p, m)) {
+        plan = whole_maps(p);
+        take_heads_that_fit(plan, p, m, copies_transposed, copies_rows);
+    }
+    plan.several_blocks = plan.y_block < m.axis[1].length || plan.x_block < m.axis[2].length;
+    plan.head_groups = plan.head_groups_of(p);
+
+    // Tasks for many threads: places along an axis are cut where images and heads are few. Of work that is long enough there are
+    // more, in powers of two, which threads share evenly.
     const int64_t have = plan.maps * plan.head_groups,
                   places = (int64_t)m.axis[0].length * m.axis[1].length * m.axis[2].length,
                   work = places * p.window() * (p.dim + p.dim_v) * plan.heads_per_task * p.queries_per_kv_head();
-    int64_t wanted = (enough_tasks + have - 1) / have;
-    if (wanted > work / least_work) wanted = work / least_work;
-    for (int a = 0; a < 3 && plan.cuts < wanted; a++) { // the first axis that is long enough, or the longest
-        const int least_places[] = {1, 2 * tile_rows, 16 * lanes}, window = 3 * m.axis[a].kernel / 2;
-        const int possible = m.axis[a].length / (window > least_places[a] ? window : least_places[a]);
-        if (possible > plan.cuts) plan.cut_axis = a, plan.cuts = int(possible < wanted ? possible : wanted);
-    }
-    const int64_t parts = plan.head_groups * plan.cuts, chunks = (enough_tasks + parts - 1) / parts;
+    int64_t tasks = enough_tasks;
+    while (tasks < most_tasks && have * work >= 2 * tasks * least_work_of_task) tasks *= 2;
+    const auto cut = [&](int64_t tasks, int half_windows) {
+        int64_t wanted = (tasks + have - 1) / have;
+        if (wanted > work / least_work_of_cut) wanted = work / least_work_of_cut;
+        for (int a = 0; a < 3 && plan.cuts < wanted; a++) { // the first axis that is long enough, or the longest
+            const int64_t possible = possible_cuts(m, a, half_windows);
+            if (possible > plan.cuts) plan.cut_axis = a, plan.cuts = int(possible < wanted ? possible : wanted);
+        }
+    };
+    cut(enough_tasks, few_half_windows), cut(tasks, many_half_windows);
+    const int64_t parts = plan.head_groups * plan.cuts, chunks = (tasks + parts - 1) / parts;
     plan.map_chunks = chunks < plan.maps ? chunks : plan.maps;
     return plan;
 }
