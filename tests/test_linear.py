@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional
 
 from nbhd import _processor, linear
@@ -164,14 +165,92 @@ def test_other_tensor_classes(convolutions: list[tuple[int, ...]]) -> None:
     assert not convolutions
 
 
-def test_graphs_have_the_plain_operator(slow_mkl: None) -> None:
+def test_exported_and_traced_graphs_have_the_plain_operator(slow_mkl: None) -> None:
     batch, layer = large()
-    exported = torch.export.export(layer, (batch,)).graph
-    targets = [str(node.target) for node in exported.nodes if node.op == "call_function"]
-    assert targets == ["aten.linear.default"]
+    for strict in (False, True):
+        exported = torch.export.export(layer, (batch,), strict=strict).graph
+        targets = [str(node.target) for node in exported.nodes if node.op == "call_function"]
+        assert targets == ["aten.linear.default"]
     assert "aten::linear" in str(torch.jit.trace(layer, batch).inlined_graph)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(batch), functional.linear(batch, layer.weight, layer.bias))
+
+
+def test_exported_nat_has_the_plain_operator(slow_mkl: None) -> None:
+    model = NatForImageClassification(NatConfig.from_variant("nat_mini", num_labels=3, depths=[1, 1, 1, 1])).eval()
+    graph = torch.export.export(model, (torch.randn(1, 3, 224, 224),), strict=False).graph
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert targets.count("aten.linear.default") == 4 * 6 + 1
+    assert not [target for target in targets if target.startswith("nbhd.linear")]
+
+
+knows_exports = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="this torch cannot tell that a graph is being exported"
+)
+
+
+def compiled_with_targets(call: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[list[str]]]:
+    """Compiled without a code generator, and what the graphs that were made call."""
+    torch._dynamo.reset()
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    return torch.compile(call, backend=keep, fullgraph=True), graphs
+
+
+@knows_exports
+def test_compiled_graphs_choose_when_they_run(convolutions: list[tuple[int, ...]]) -> None:
+    _, layer = large()
+    plain, plain_graphs = compiled_with_targets(nn.Linear(64, 192))
+    shapes = [(2, 40, 40, 64), (3, 41, 43, 64), (2, 5, 6, 64), (4, 44, 50, 64)]
+    for shape in shapes:
+        plain(torch.randn(shape))
+    assert len(plain_graphs) == 2
+    compiled, graphs = compiled_with_targets(layer)
+    for shape in shapes:
+        batch = torch.randn(shape, requires_grad=True)
+        gradient = torch.randn(*shape[:-1], 192)
+        inputs = [batch, *layer.parameters()]
+        seen = len(convolutions)
+        output = compiled(batch)
+        assert (len(convolutions) > seen) == (shape[1] > 5)
+        wanted = functional.linear(batch, layer.weight, layer.bias)
+        torch.testing.assert_close(output, wanted)
+        found = torch.autograd.grad(output, inputs, gradient)
+        for ours, theirs in zip(found, torch.autograd.grad(wanted, inputs, gradient), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    assert graphs == [["nbhd.linear"]] * len(plain_graphs)
+
+
+def test_compiled_graphs_elsewhere_have_the_plain_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, layer = large()
+    double = Linear(64, 192, dtype=torch.float64)
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
+    compiled, fast_mkl = compiled_with_targets(layer)
+    compiled(batch)
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
+    compiled, float64 = compiled_with_targets(double)
+    compiled(batch.double())
+    compiled, autocast = compiled_with_targets(layer)
+    with torch.autocast("cpu"):
+        compiled(batch)
+    compiled, vmap = compiled_with_targets(lambda x: torch.func.vmap(layer)(x))
+    torch.testing.assert_close(compiled(batch), layer(batch))
+    for graphs in (fast_mkl, float64, autocast, vmap):
+        assert len(graphs) == 1 and not [target for target in graphs[0] if "nbhd" in target]
+
+
+@pytest.mark.parametrize("rows", [5, 2003])
+def test_operators_of_compiled_graphs(rows: int, threads: int, slow_mkl: None) -> None:
+    """What PyTorch asks of an operator: schema, fakes, autograd; and derivatives of both orders."""
+    x, w, b = torch.randn(rows, 64, requires_grad=True), torch.randn(100, 64, requires_grad=True), torch.randn(100)
+    torch.library.opcheck(torch.ops.nbhd.linear.default, (x, w, b))
+    torch.library.opcheck(torch.ops.nbhd.linear.default, (x, w, None))
+    torch.library.opcheck(torch.ops.nbhd.linear_d_weight.default, (torch.randn(rows, 100), x), rtol=1e-4, atol=1e-3)
+    small = [t.detach().double().requires_grad_() for t in (x[:3].view(3, 1, 64)[..., :4], w[:2, :4], b[:2])]
+    assert torch.autograd.gradcheck(torch.ops.nbhd.linear, small)
+    assert torch.autograd.gradgradcheck(torch.ops.nbhd.linear, small)
 
 
 def test_compiling_asks_nothing_of_the_machine() -> None:

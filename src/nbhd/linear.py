@@ -4,6 +4,10 @@
 Intel MKL stays at AVX2 even where there is AVX-512, and takes twice the time a product needs there. Convolutions go to
 oneDNN, which does not mind the maker; and a linear layer is a convolution with a 1x1 kernel over a channels-last map,
 which is how the data lie already. ``python -m benchmarks.linear`` times the two.
+
+    nbhd::linear    nbhd::linear_d_weight
+
+stand for it in compiled graphs, where PyTorch's own compiler would call MKL. They choose when they run.
 """
 
 from __future__ import annotations
@@ -36,8 +40,9 @@ class Linear(nn.Linear):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, by oneDNN where that is the faster library for it.
 
-    That is: large products of contiguous float32 tensors on a CPU that `mkl_is_slow` for. Compiled, exported and traced
-    graphs have the plain operator, and so have autocast and ``torch.backends.mkldnn.flags(enabled=False)``.
+    That is: large products of contiguous float32 tensors on a CPU that `mkl_is_slow` for, in compiled graphs too (from
+    PyTorch 2.7). Exported and traced graphs have the plain operator, and so have autocast, ``torch.func`` inside
+    compiled functions and ``torch.backends.mkldnn.flags(enabled=False)``.
 
     Args:
         input: ``[..., in_features]``.
@@ -47,9 +52,19 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., out_features]``, contiguous.
     """
-    # First of all whether a graph is made: a compiler would warn of the cache behind the next question.
-    takes_onednn = not _makes_a_graph() and mkl_is_slow() and _pays(input, weight)
-    images = images_of(input.numel() // weight.shape[1]) if takes_onednn else 0
+    # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
+    if not _makes_a_graph():
+        # With gradients there are three products to prepare instead of one.
+        return _by_either(input, weight, bias, times_the_work=2 if torch.is_grad_enabled() else 1)
+    if _graph_takes_operator(input, weight):
+        output: Tensor = torch.ops.nbhd.linear(input, weight, bias)
+        return output
+    return functional.linear(input, weight, bias)
+
+
+def _by_either(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int) -> Tensor:
+    pays = mkl_is_slow() and _pays(input, weight, times_the_work)
+    images = images_of(input.numel() // weight.shape[1]) if pays else 0
     if not images:
         return functional.linear(input, weight, bias)
     return as_convolution(input, weight, bias, images)
@@ -110,20 +125,47 @@ def images_of(rows: int) -> int:
     return next((images for images in range(17, rows // 7 + 1) if rows % images == 0), 0)
 
 
-def _pays(input: Tensor, weight: Tensor) -> bool:
+def _suits(input: Tensor, weight: Tensor) -> bool:
     # Tensors of other classes (sharded, quantised) know linear() but not always a convolution.
     if type(input) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
         return False
-    if not (input.dtype == weight.dtype == torch.float32 and input.is_cpu and input.is_contiguous()):
+    return (
+        input.dtype == weight.dtype == torch.float32
+        and input.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _pays(input: Tensor, weight: Tensor, times_the_work: int) -> bool:
+    if not _suits(input, weight) or not input.is_contiguous() or not torch.backends.mkldnn.enabled:
         return False
-    least = smallest_work() * (2 if torch.is_grad_enabled() else 1)  # three products to prepare instead of one
-    if input.numel() < FEWEST_ROWS * weight.shape[1] or input.numel() * weight.shape[0] < least:
-        return False
-    return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
+    enough_rows = input.numel() >= FEWEST_ROWS * weight.shape[1]
+    return enough_rows and input.numel() * weight.shape[0] >= times_the_work * smallest_work()
 
 
 def _makes_a_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+# TODO: drop when torch 2.6 is no longer supported, which cannot tell that a graph is exported
+_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+
+
+def _graph_takes_operator(input: Tensor, weight: Tensor) -> bool:
+    """Whether the graph is `torch.compile`'s, for this machine, and the layer may be one that oneDNN is faster for."""
+    if torch.jit.is_tracing() or not _KNOWS_EXPORTS or torch.compiler.is_exporting():
+        return False
+    return _suits(input, weight) and _mkl_is_slow_when_compiled()
+
+
+def _mkl_is_slow_when_compiled() -> bool:
+    # torch.func's transforms and dual numbers inside compiled functions ask for rules that the operators do not have.
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return mkl_is_slow() and not transformed and torch.autograd.forward_ad._current_level < 0
+
+
+# torch.compiler.assume_constant_result, which would import the compiler: it is called and not looked into.
+_mkl_is_slow_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -145,3 +187,72 @@ def smallest_work() -> int:
     """Products from which on oneDNN is the faster, where `mkl_is_slow`; with gradients twice as many."""
     is_zen_4 = maker() == "AuthenticAMD" and family() == 25  # Zen 3, of the same family, has no AVX-512
     return SMALLEST_WORK_ON_ZEN_4 if is_zen_4 else SMALLEST_WORK
+
+
+# ---- the operators in compiled graphs
+
+_library = torch.library.Library("nbhd", "FRAGMENT")
+_library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("linear_d_weight(Tensor d_out, Tensor input) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.no_grad():  # autograd is above; without a graph to make there is no need of _Convolution
+        return _by_either(input, weight, bias, times_the_work=1).contiguous()
+
+
+def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(input, weight, bias).contiguous()
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_autograd(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    batch, weight = ctx.saved_tensors
+    for_batch, for_weight, for_bias = ctx.needs_input_grad
+    d_out = d_out.contiguous()
+    d_batch = torch.ops.nbhd.linear(d_out, weight.t(), None) if for_batch else None
+    d_weight = torch.ops.nbhd.linear_d_weight(d_out, batch) if for_weight else None
+    return d_batch, d_weight, d_out.reshape(-1, d_out.shape[-1]).sum(0) if for_bias else None
+
+
+def _linear_d_weight(d_out: Tensor, input: Tensor) -> Tensor:
+    """``[..., out_features]`` and ``[..., in_features]`` to ``[out_features, in_features]``."""
+    rows = input.numel() // max(1, input.shape[-1])
+    weight = _linear_d_weight_fake(d_out, input)  # its shape is asked for, and not what is in it
+    pays = mkl_is_slow() and d_out.is_contiguous() and _pays(input, weight, times_the_work=2)
+    images = images_of(rows) if pays else 0
+    if not images:
+        return d_out.reshape(-1, d_out.shape[-1]).t() @ input.reshape(-1, input.shape[-1])
+    gradient, maps = (t.reshape(images, 1, -1, t.shape[-1]).permute(0, 3, 1, 2) for t in (d_out, input))
+    one, none = [1, 1], [0, 0]
+    _, of_kernel, _ = torch.ops.aten.convolution_backward(
+        gradient, maps, weight[:, :, None, None], None, one, none, one, False, none, 1, [False, True, False]
+    )
+    return of_kernel.reshape(weight.shape).contiguous()
+
+
+def _linear_d_weight_fake(d_out: Tensor, input: Tensor) -> Tensor:
+    return input.new_empty(d_out.shape[-1], input.shape[-1])
+
+
+def _linear_d_weight_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_d_weight_autograd(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    d_out, batch = ctx.saved_tensors
+    for_d_out, for_batch = ctx.needs_input_grad
+    of_d_out = torch.ops.nbhd.linear(batch, gradient, None) if for_d_out else None
+    return of_d_out, torch.ops.nbhd.linear(d_out, gradient.t(), None) if for_batch else None
+
+
+for _name, _run, _fake, _setup, _backward in (
+    ("linear", _linear, _linear_fake, _linear_setup, _linear_autograd),
+    ("linear_d_weight", _linear_d_weight, _linear_d_weight_fake, _linear_d_weight_setup, _linear_d_weight_autograd),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nbhd::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"nbhd::{_name}", _backward, setup_context=_setup, lib=_library)
