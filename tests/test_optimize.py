@@ -172,6 +172,15 @@ def test_it_compiles_to_one_graph():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
+def test_compiling_for_a_cpu_leaves_the_layout_of_maps_alone(monkeypatch):
+    """Inductor's own choice would have axis 1 innermost, as if maps were (B, C, H, W)."""
+    seen = []
+    monkeypatch.setattr(optimize, "_has_compiler", lambda: True)
+    monkeypatch.setattr(NatModel, "compile", lambda self, **how: seen.append(how["options"]))
+    nbhd.optimize_for_inference(_model(NatModel), dtype=None, compile=True)
+    assert seen == [{"layout_optimization": False}]
+
+
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

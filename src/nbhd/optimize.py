@@ -254,8 +254,11 @@ def _compile(nats: list[nn.Module], wanted: bool, device: torch.device, report: 
     if device.type == "cpu" and not _has_compiler():
         report.add("compile", False, "there is no C++ compiler (g++, clang++ or the environment variable CXX)")
         return
+    # Inductor lays out what comes before a convolution with axis 1 innermost, as if it were (B, C, H, W). NAT's maps
+    # have their channels last already: norms and sums would walk them crosswise.
+    options: Any = {"layout_optimization": False} if device.type == "cpu" else None
     for nat in nats:
-        nat.compile()
+        nat.compile(options=options)
     names = ", ".join(sorted({type(nat).__name__ for nat in nats}))
     report.add("compile", True, f"{names} at the first call, which takes seconds to minutes")
 
