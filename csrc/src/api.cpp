@@ -111,7 +111,8 @@ int64_t cache_bytes() {
     return bytes;
 }
 int64_t last_cache_bytes() {
-    static const int64_t bytes = kilobytes("NBHD_CPU_LAST_CACHE_KB", 32 * 1024); // what a Zen 3 or 4 has for eight cores
+    static const int64_t bytes =
+        kilobytes("NBHD_CPU_LAST_CACHE_KB", 32 * 1024); // what a Zen 3 or 4 has for eight cores
     return bytes;
 }
 

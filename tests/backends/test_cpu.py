@@ -149,6 +149,19 @@ def test_same_bits_at_any_thread_count(name):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_tensors_that_no_cache_holds(dtype):
+    """Their heads are computed together, in narrow blocks, by the cuts that every user gets."""
+    batch = 1 if dtype == torch.float32 else 2
+    case = ((95, 97), 8, 8, 32, 32, (3, 3), (1, 1), (1, 1), (False, False))
+    arguments = inputs(case, dtype, batch=batch)
+    query = arguments[0][0]
+    assert 4 * query.nbytes > 32 << 20
+    plain, truth = run(reference, *arguments), run(reference, *arguments, torch.float64)
+    for what, t, p, o in zip(NAMES, truth, plain, run(cpu, *arguments), strict=True):
+        assert error(o, t)[0] <= 2 * error(p, t)[0] + 2 * torch.finfo(dtype).eps, what
+
+
 def test_strided_tensors_give_the_same_bits_as_dense_ones():
     (query, key, value, bias), gradients, neighborhood = inputs(CASES["stage3"], torch.float32)
 

@@ -107,7 +107,7 @@ static bool backward_as(const Problem &p, const Threads &threads) {
     if (job.plan.cuts == 2) job.plan.cuts = 1; // one after the other: nothing won
     const int64_t tasks = job.plan.tasks();
     if (p.d_bias) {
-        job.d_bias_task = (int64_t)job.plan.heads_per_task * p.queries_per_kv_head() * p.bias_rows() * p.bias_columns();
+        job.d_bias_task = bias_sums_of_task(p, job.plan);
         job.d_bias = (Real *)allocate(tasks * job.d_bias_task * sizeof(Real));
         if (job.d_bias) memset(job.d_bias, 0, tasks * job.d_bias_task * sizeof(Real));
         job.failed = !job.d_bias;

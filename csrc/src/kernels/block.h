@@ -185,6 +185,7 @@ static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int 
 
 // What cuts and tasks are worth: the keys that two cuts pack, a task's tables, other threads' waiting. In products.
 constexpr int64_t enough_tasks = 16, most_tasks = 256, least_work_of_cut = 1 << 21, least_work_of_task = 1 << 22;
+constexpr int64_t most_sums = 4 << 20; // bytes for gradients of the bias, from which on there are enough_tasks only
 constexpr int few_half_windows = 3, many_half_windows = 12; // of a cut, at least: up to enough_tasks, and for more
 
 static int64_t possible_cuts(const Map &m, int axis, int half_windows) {
@@ -207,6 +208,11 @@ static Plan whole_maps(const Problem &p) {
     plan.y_block = group_axis(p.axis[1], 0).length, plan.x_block = group_axis(p.axis[2], 0).length;
     plan.cuts = 1;
     return plan;
+}
+
+// Numbers in a task's gradient of the bias.
+static int64_t bias_sums_of_task(const Problem &p, const Plan &plan) {
+    return (int64_t)plan.heads_per_task * p.queries_per_kv_head() * p.bias_rows() * p.bias_columns();
 }
 
 // Makes blocks smaller until `fits`, or until they are of `x_least` columns and a few rows.
@@ -264,7 +270,9 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
                   places = (int64_t)m.axis[0].length * m.axis[1].length * m.axis[2].length,
                   work = places * p.window() * (p.dim + p.dim_v) * plan.heads_per_task * p.queries_per_kv_head();
     int64_t tasks = enough_tasks;
-    while (tasks < most_tasks && have * work >= 2 * tasks * least_work_of_task) tasks *= 2;
+    const int64_t sums = p.d_bias ? bias_sums_of_task(p, plan) * (int64_t)sizeof(Real) : 0; // each task has its own
+    while (tasks < most_tasks && have * work >= 2 * tasks * least_work_of_task && 2 * tasks * sums <= most_sums)
+        tasks *= 2;
     const auto cut = [&](int64_t tasks, int half_windows) {
         int64_t wanted = (tasks + have - 1) / have;
         if (wanted > work / least_work_of_cut) wanted = work / least_work_of_cut;
