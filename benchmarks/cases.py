@@ -194,6 +194,11 @@ def _cases() -> list[Case]:
         plane(f"size/{side}x{side}", side, 7, heads=1, batch=1, has_bias=True, peers=("nbhd-56x56",), weight=weight)
         for side, weight in ((112, 0.7), (224, 0.7), (512, 1.0), (1024, 2.0))
     ]
+    # Many heads on maps that no cache holds: a head is a small part of each token.
+    cases += [
+        plane("heads/63x63-h16", 63, 7, heads=16, peers=("swin-shifted-sdpa",)),
+        plane("heads/252x252-h8", 252, 7, heads=8, batch=1, peers=("swin-shifted-sdpa",), is_default=False),
+    ]
     cases += [
         plane(
             f"overhead/{side}x{side}",

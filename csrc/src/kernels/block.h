@@ -269,9 +269,10 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
     const int64_t have = plan.maps * plan.head_groups,
                   places = (int64_t)m.axis[0].length * m.axis[1].length * m.axis[2].length,
                   work = places * p.window() * (p.dim + p.dim_v) * plan.heads_per_task * p.queries_per_kv_head();
+    const double all_work = double(have) * double(work);
     int64_t tasks = enough_tasks;
     const int64_t sums = p.d_bias ? bias_sums_of_task(p, plan) * (int64_t)sizeof(Real) : 0; // each task has its own
-    while (tasks < most_tasks && have * work >= 2 * tasks * least_work_of_task && 2 * tasks * sums <= most_sums)
+    while (tasks < most_tasks && all_work >= double(2 * tasks * least_work_of_task) && 2 * tasks * sums <= most_sums)
         tasks *= 2;
     const auto cut = [&](int64_t tasks, int half_windows) {
         int64_t wanted = (tasks + have - 1) / have;
