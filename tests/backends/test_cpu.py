@@ -152,8 +152,8 @@ def test_same_bits_at_any_thread_count(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_tensors_that_no_cache_holds(dtype):
     """Their heads are computed together, in narrow blocks, by the cuts that every user gets."""
-    batch = 1 if dtype == torch.float32 else 2
-    case = ((95, 97), 8, 8, 32, 32, (3, 3), (1, 1), (1, 1), (False, False))
+    batch = 16 if dtype == torch.float32 else 32
+    case = ((9, 65), 8, 8, 32, 32, (3, 3), (1, 1), (1, 1), (False, False))
     arguments = inputs(case, dtype, batch=batch)
     query = arguments[0][0]
     assert 4 * query.nbytes > 32 << 20

@@ -193,19 +193,18 @@ static int64_t possible_cuts(const Map &m, int axis, int half_windows) {
     return m.axis[axis].length / (windows > least_places[axis] ? windows : least_places[axis]);
 }
 
-// Into how many tasks a map can be cut in both passes. The backward's cuts take turns, so that two are as good as one.
-static int64_t most_cuts_of(const Map &m) {
+static int64_t most_possible_cuts(const Map &m, int half_windows) {
     int64_t most = 1;
     for (int a = 0; a < 3; a++)
-        if (possible_cuts(m, a, few_half_windows) > most) most = possible_cuts(m, a, few_half_windows);
-    return most / 2 > 0 ? most / 2 : 1;
+        if (const int64_t cuts = possible_cuts(m, a, half_windows); cuts > most) most = cuts;
+    return most;
 }
 
-static Plan whole_maps(const Problem &p) {
+static Plan whole_maps(const Problem &p, const Map &m) {
     Plan plan{};
     plan.maps = p.batch;
     for (int a = 0; a < 3; a++) plan.maps *= p.axis[a].dilation;
-    plan.y_block = group_axis(p.axis[1], 0).length, plan.x_block = group_axis(p.axis[2], 0).length;
+    plan.y_block = m.axis[1].length, plan.x_block = m.axis[2].length;
     plan.cuts = 1;
     return plan;
 }
@@ -250,15 +249,15 @@ static bool take_heads_together(Plan &plan, const Problem &p, const Map &m) {
     if (is_narrow(p, m) && heads > 1) heads &= ~1;
     const auto fits = [&] { return 10 * heads * ring_bytes(p, m, plan, 0, 1) <= 7 * p.cache_bytes; };
     make_blocks(plan, m, columns > lanes ? columns : lanes, fits);
-    return fits() && plan.maps * plan.head_groups_of(p) * most_cuts_of(m) >= enough_tasks;
+    return fits() && plan.maps * plan.head_groups_of(p) * most_possible_cuts(m, few_half_windows) >= enough_tasks;
 }
 
 // `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
 static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) {
     const Map m = map_of(p, 0); // the longest of all groups along every axis
-    Plan plan = whole_maps(p);
+    Plan plan = whole_maps(p, m);
     if (!p.from_memory || p.kv_heads == 1 || !take_heads_together(plan, p, m)) {
-        plan = whole_maps(p);
+        plan = whole_maps(p, m);
         take_heads_that_fit(plan, p, m, copies_transposed, copies_rows);
     }
     plan.several_blocks = plan.y_block < m.axis[1].length || plan.x_block < m.axis[2].length;
