@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.subject import NotHere, Subject
+from nbhd.optimize import COMPILE_OPTIONS_ON_CPUS
 
 LABELS = 1000
 
@@ -123,9 +124,7 @@ def prepare(name: str, case: ModelCase) -> Subject:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(case.batch) % LABELS
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
-    # as docs/cpu.md advises, and nbhd.optimize_for_inference does
-    options: Any = {"layout_optimization": False}
-    called: Any = torch.compile(network, options=options) if variant == "compiled" else network
+    called: Any = torch.compile(network, options=COMPILE_OPTIONS_ON_CPUS) if variant == "compiled" else network
     # Lowering a network to its compiled form takes minutes for each mode; one is enough to say what it gains.
     trains = variant == ""
 

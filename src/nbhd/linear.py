@@ -63,8 +63,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _by_either(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int) -> Tensor:
-    pays = mkl_is_slow() and _pays(input, weight, times_the_work)
-    images = images_of(input.numel() // weight.shape[1]) if pays else 0
+    images = _images_for_onednn(input, weight, times_the_work)
     if not images:
         return functional.linear(input, weight, bias)
     return as_convolution(input, weight, bias, images)
@@ -72,10 +71,23 @@ def _by_either(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_wor
 
 def as_convolution(input: Tensor, weight: Tensor, bias: Tensor | None, images: int) -> Tensor:
     """The same as a convolution over ``images`` maps, which have to divide the rows of ``input`` evenly."""
-    maps = input.reshape(images, 1, -1, input.shape[-1]).permute(0, 3, 1, 2)  # a view, channels last
     multiply = _Convolution.apply if torch.is_grad_enabled() else functional.conv2d
-    output: Tensor = multiply(maps, weight[:, :, None, None], bias)
+    output: Tensor = multiply(_as_maps(input, images), weight[:, :, None, None], bias)
     return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _as_maps(rows: Tensor, images: int) -> Tensor:
+    return rows.reshape(images, 1, -1, rows.shape[-1]).permute(0, 3, 1, 2)  # a view, channels last
+
+
+def _convolution_backward(
+    gradient: Tensor, maps: Tensor, kernel: Tensor, for_maps: bool, for_kernel: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    one, none = [1, 1], [0, 0]
+    of_maps, of_kernel, _ = torch.ops.aten.convolution_backward(
+        gradient, maps, kernel, None, one, none, one, False, none, 1, [for_maps, for_kernel, False]
+    )
+    return of_maps, of_kernel
 
 
 class _Convolution(torch.autograd.Function):
@@ -101,10 +113,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         maps, kernel = ctx.saved_tensors
         for_maps, for_kernel, for_bias = ctx.needs_input_grad
-        one, none = [1, 1], [0, 0]
-        of_maps, of_kernel, _ = torch.ops.aten.convolution_backward(
-            gradient, maps, kernel, None, one, none, one, False, none, 1, [for_maps, for_kernel, False]
-        )
+        of_maps, of_kernel = _convolution_backward(gradient, maps, kernel, for_maps, for_kernel)
         return of_maps, of_kernel, gradient.sum((0, 2, 3)) if for_bias else None
 
     @staticmethod
@@ -123,6 +132,12 @@ def images_of(rows: int) -> int:
     # With one thread PyTorch gives it a convolution only if there are more than 16 images, and images of fewer than 7
     # rows are slower than MKL.
     return next((images for images in range(17, rows // 7 + 1) if rows % images == 0), 0)
+
+
+def _images_for_onednn(input: Tensor, weight: Tensor, times_the_work: int) -> int:
+    """`images_of` a product that oneDNN is the faster library for; 0 for others."""
+    pays = mkl_is_slow() and _pays(input, weight, times_the_work)
+    return images_of(input.numel() // weight.shape[1]) if pays else 0
 
 
 def _suits(input: Tensor, weight: Tensor) -> bool:
@@ -220,17 +235,13 @@ def _linear_autograd(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | N
 
 def _linear_d_weight(d_out: Tensor, input: Tensor) -> Tensor:
     """``[..., out_features]`` and ``[..., in_features]`` to ``[out_features, in_features]``."""
-    rows = input.numel() // max(1, input.shape[-1])
     weight = _linear_d_weight_fake(d_out, input)  # its shape is asked for, and not what is in it
-    pays = mkl_is_slow() and d_out.is_contiguous() and _pays(input, weight, times_the_work=2)
-    images = images_of(rows) if pays else 0
+    images = _images_for_onednn(input, weight, times_the_work=2) if d_out.is_contiguous() else 0
     if not images:
         return d_out.reshape(-1, d_out.shape[-1]).t() @ input.reshape(-1, input.shape[-1])
-    gradient, maps = (t.reshape(images, 1, -1, t.shape[-1]).permute(0, 3, 1, 2) for t in (d_out, input))
-    one, none = [1, 1], [0, 0]
-    _, of_kernel, _ = torch.ops.aten.convolution_backward(
-        gradient, maps, weight[:, :, None, None], None, one, none, one, False, none, 1, [False, True, False]
-    )
+    maps, kernel = _as_maps(input, images), weight[:, :, None, None]
+    _, of_kernel = _convolution_backward(_as_maps(d_out, images), maps, kernel, for_maps=False, for_kernel=True)
+    assert of_kernel is not None
     return of_kernel.reshape(weight.shape).contiguous()
 
 

@@ -21,6 +21,11 @@ Model = TypeVar("Model", bound=nn.Module)
 #: bfloat16 is taken where a product in it is this many times faster than in float32 on this machine.
 WORTH_IT = 1.2
 
+#: `torch.compile`'s ``options`` for a NAT on a CPU. Inductor lays out what comes before a convolution with axis 1
+#: innermost, as if it were (B, C, H, W). NAT's maps have their channels last already: norms and sums would walk them
+#: crosswise.
+COMPILE_OPTIONS_ON_CPUS = {"layout_optimization": False}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -254,9 +259,7 @@ def _compile(nats: list[nn.Module], wanted: bool, device: torch.device, report: 
     if device.type == "cpu" and not _has_compiler():
         report.add("compile", False, "there is no C++ compiler (g++, clang++ or the environment variable CXX)")
         return
-    # Inductor lays out what comes before a convolution with axis 1 innermost, as if it were (B, C, H, W). NAT's maps
-    # have their channels last already: norms and sums would walk them crosswise.
-    options: Any = {"layout_optimization": False} if device.type == "cpu" else None
+    options: Any = COMPILE_OPTIONS_ON_CPUS if device.type == "cpu" else None
     for nat in nats:
         nat.compile(options=options)
     names = ", ".join(sorted({type(nat).__name__ for nat in nats}))
