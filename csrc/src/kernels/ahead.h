@@ -17,19 +17,18 @@ struct Ahead {
     struct Row {
         const char *token;
         int64_t stride;
-        int bytes;
+        int tokens, bytes;
     } row[most_rows];
-    int rows = 0, tokens = 0, lines = 0, at_row = 0, at_token = 0, at_byte = 0, per_step = 0;
+    int rows = 0, lines = 0, at_row = 0, at_token = 0, at_byte = 0, per_step = 0;
 
     // Tokens [x, x_end) of the query rows (keys: rows along Y) [y, y_end); of two heads in the lanes only if they lie side by side.
     template <class T>
     void add(const View<T> &v, int z, int y, int y_end, int x, int x_end, int head, int channels, int heads) {
-        if (!v.data) return;
-        tokens = x_end - x;
+        if (!v.data || x >= x_end) return;
         if (v.head == channels) channels *= heads;
-        const int bytes = channels * (int)sizeof(T);
+        const int bytes = channels * (int)sizeof(T), tokens = x_end - x;
         for (; y < y_end && rows < most_rows; y++, lines += tokens * ((bytes + 63) / 64))
-            row[rows++] = Row{(const char *)v.at(z, y, x, head), v.x * (int64_t)sizeof(T), bytes};
+            row[rows++] = Row{(const char *)v.at(z, y, x, head), v.x * (int64_t)sizeof(T), tokens, bytes};
     }
     // About how many steps there will be; what they leave, `finish` asks for.
     void share_among(int steps) { per_step = steps > 0 ? (lines + steps - 1) / steps : 0; }
@@ -43,7 +42,7 @@ struct Ahead {
             __builtin_prefetch(r.token + at_token * r.stride + at_byte, 0, 2);
             if ((at_byte += 64) < r.bytes) continue;
             at_byte = 0;
-            if (++at_token == tokens) at_token = 0, at_row++;
+            if (++at_token == r.tokens) at_token = 0, at_row++;
         }
     }
 };

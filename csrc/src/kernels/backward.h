@@ -33,7 +33,7 @@ struct BackwardBuffers {
 static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
     const int lane_heads = heads_in_lanes(p, m, t);
-    f.tiles = lay_out_columns(arena, m, b, lane_heads, f.columns);
+    lay_out_columns(f.tiles, f.columns, arena, m, b, lane_heads);
     f.ring = make_ring(m, b, lane_heads, f.tiles);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.blocks = arena.take<GradientBlock>(most_key_rows(m, b));
@@ -45,7 +45,7 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     if (p.part == Part::attention) f.keys = lay_out_keys(arena, f.ring, p.dim, p.axis[2].kernel, kv_heads);
     else f.slot_order = arena.take<int>(p.window());
     f.strip = strip_tiles(p, 2);
-    const int64_t strip_rows = f.strip * tile_rows;
+    const int64_t strip_rows = f.strip * most_query_rows(p);
     if (has_keys) {
         f.key_rows_copy = arena.take<Real>(kv_heads * f.key_head);
         f.d_keys = arena.take<Real>(kv_heads * f.key_head);
@@ -130,8 +130,9 @@ template <class T>
 static void backward_strip(const Problem &p, const BackwardViews<T> &v, BackwardBuffers &f, const RowTile &t,
                            const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Real *d_bias,
                            Ahead &ahead) {
-    const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v), group = p.queries_per_kv_head();
-    const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
+    const int slots = p.window(), width = round_up(p.dim), width_v = round_up(p.dim_v), group = p.queries_per_kv_head(),
+              most_rows = most_query_rows(p);
+    const int64_t row_scores = (int64_t)slots * lanes, tile_scores = most_rows * row_scores,
                   query_row = (int64_t)score_words(p.dim) * lanes, d_out_row = (int64_t)score_words(p.dim_v) * lanes,
                   query_rows = (int64_t)lanes * width, d_out_rows = (int64_t)lanes * width_v;
     const bool attention = p.part == Part::attention, has_keys = p.part != Part::sum,
@@ -156,7 +157,7 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                     pack_lanes(rows, token, lanes, channels, lane_copy, lanes, Real(1));
                 }
             };
-            const int row = k * tile_rows + r;
+            const int row = k * most_rows + r;
             if (has_keys)
                 pack(v.query, p.dim, factor, f.query_rows + row * query_rows,
                      attention ? f.query + row * query_row : nullptr);
@@ -173,10 +174,10 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
     TileScores scores{&t,         nullptr,  nullptr, nullptr,    &f.keys,          local_kv_head,
                       f.query,    factor,   &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel,
                       row_scores, f.scores, nullptr, &ahead};
-    if (attention) strip_scores(scores, columns, n, tile_rows * query_row, tile_scores);
+    if (attention) strip_scores(scores, columns, n, most_rows * query_row, tile_scores);
     scores.keys = &f.values, scores.query = f.d_out, scores.factor = 1, scores.bias = nullptr,
     scores.scores = f.d_scores;
-    if (has_values) strip_scores(scores, columns, n, tile_rows * d_out_row, tile_scores);
+    if (has_values) strip_scores(scores, columns, n, most_rows * d_out_row, tile_scores);
     const bool sequence = is_sequence(t, p.axis[1].kernel * lanes);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
@@ -215,11 +216,11 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                                 v.d_query.x, p.dim, f.out);
 
             if (sequence) continue;
-            g.weights = weights, g.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v,
+            g.weights = weights, g.vectors = f.d_out_rows + k * most_rows * d_out_rows + run.index * width_v,
             g.vectors_row = d_out_rows, g.width = width_v;
             g.gradient = f.d_values + kv_head * f.value_head, g.ring_row = f.ring.natural_row(p.dim_v);
             if (has_values) key_gradient(g);
-            g.weights = d_scores, g.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width,
+            g.weights = d_scores, g.vectors = f.query_rows + k * most_rows * query_rows + run.index * width,
             g.vectors_row = query_rows, g.width = width;
             g.gradient = f.d_keys + kv_head * f.key_head, g.ring_row = f.ring.natural_row(p.dim);
             if (has_keys) key_gradient(g);
@@ -241,11 +242,11 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                 of_values[runs] = of_keys[runs] = g;
                 KeyGradient &of_value = of_values[runs], &of_key = of_keys[runs];
                 of_value.weights = f.scores + k * tile_scores, of_value.width = width_v;
-                of_value.vectors = f.d_out_rows + k * tile_rows * d_out_rows + run.index * width_v;
+                of_value.vectors = f.d_out_rows + k * most_rows * d_out_rows + run.index * width_v;
                 of_value.gradient = f.d_values + (local_kv_head + in_lanes) * f.value_head;
                 of_value.ring_row = f.ring.natural_row(p.dim_v);
                 of_key.weights = f.d_scores + k * tile_scores, of_key.width = width;
-                of_key.vectors = f.query_rows + k * tile_rows * query_rows + run.index * width;
+                of_key.vectors = f.query_rows + k * most_rows * query_rows + run.index * width;
                 of_key.gradient = f.d_keys + (local_kv_head + in_lanes) * f.key_head;
                 of_key.ring_row = f.ring.natural_row(p.dim);
                 runs++;
@@ -276,24 +277,30 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
     const int group = p.queries_per_kv_head(), kv_heads = task.head_end - task.head_begin;
     Ring &ring = f.ring;
     restart(ring, b);
-    const auto clear_gradients = [&](int slot) {
-        const auto clear = [&](Real *rows, int64_t head_step, int64_t row) {
-            for (int h = 0; h < kv_heads; h++) memset(rows + h * head_step + slot * row, 0, row * sizeof(Real));
+    const Places whole_row{0, ring.width};
+    const auto clear_gradients = [&](int slot, Places places) {
+        const auto clear = [&](Real *rows, int64_t head_step, int channels) {
+            const int64_t wide = round_up(channels);
+            for (int h = 0; h < kv_heads; h++)
+                memset(rows + h * head_step + slot * ring.natural_row(channels) + places.from * wide, 0,
+                       (places.to - places.from) * wide * sizeof(Real));
         };
-        if (has_keys) clear(f.d_keys, f.key_head, ring.natural_row(p.dim));
-        if (has_values) clear(f.d_values, f.value_head, ring.natural_row(p.dim_v));
+        if (has_keys) clear(f.d_keys, f.key_head, p.dim);
+        if (has_values) clear(f.d_values, f.value_head, p.dim_v);
     };
-    const auto pack = [&](int kz, int ky, int slot) {
+    const auto pack = [&](int kz, int ky, int slot, Places places) {
         if (has_keys)
-            pack_values(f.key_rows_copy + slot * ring.natural_row(p.dim), f.key_head, p.dim, b.row, v.key, kz, ky,
-                        task.head_begin, task.head_end);
-        if (attention) pack_keys(f.keys, b.row, v.key, kz, ky, task.head_begin, slot);
-        if (has_values) pack_keys(f.values, b.row, v.value, kz, ky, task.head_begin, slot);
-        clear_gradients(slot);
+            pack_values(f.key_rows_copy + slot * ring.natural_row(p.dim), f.key_head, p.dim, b.row, places, v.key, kz,
+                        ky, task.head_begin, task.head_end);
+        if (attention) pack_keys(f.keys, b.row, places, v.key, kz, ky, task.head_begin, slot);
+        if (has_values) pack_keys(f.values, b.row, places, v.value, kz, ky, task.head_begin, slot);
+        clear_gradients(slot, places);
     };
+    const bool by_strip = packs_by_strip(m);
+    int places = 0;                                  // packed, by strip
     const Real key_factor = Real(1) / score_unit(p); // queries were packed times the unit
     const auto flush = [&](int kz, int ky, int slot) {
-        if ((ring.shape.planes ? kz : ky) >= ring.packed) clear_gradients(slot); // nobody sees that row
+        if ((ring.shape.planes ? kz : ky) >= ring.packed) clear_gradients(slot, whole_row); // nobody sees that row
         const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<T> &to, Real factor) {
             const int64_t wide = round_up(channels);
             const auto unpack = [&](int place, int h, bool add) {
@@ -323,16 +330,23 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
             leading_range(ring, m, z, y, rows, from, to);
             if (ring.flushed < from) for_each_row(ring, b, ring.flushed, from, flush), ring.flushed = from;
             if (ring.packed < from) ring.packed = from;
-            if (ring.packed < to) for_each_row(ring, b, ring.packed, to, pack), ring.packed = to;
+            if (!by_strip)
+                for_each_row(ring, b, ring.packed, to,
+                             [&](int kz, int ky, int slot) { pack(kz, ky, slot, whole_row); });
+            if (ring.packed < to) ring.packed = to;
             const NextRows next = next_rows(ring, b, m.axis[1], z, y, rows);
             const FinishedRows finished = finished_rows(ring, b, m.axis[1], z, y, rows);
-            for (int i = 0; i < f.tiles.n; i += f.strip)
+            for (int i = 0; i < f.tiles.n; i += f.strip) {
+                const int n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;
+                const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
+                          x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
+                if (by_strip) {
+                    const int end = places_read(ring, f.columns[i + n - 1], p.axis[2].kernel);
+                    if (places < end) pack(0, 0, ring.shape.slot(0, 0), Places{places, end}), places = end;
+                }
                 for (int h = task.head_begin; h < task.head_end; h += ring.heads)
                     for (int q = 0; q < group; q++) {
-                        const int local = h - task.head_begin, head = h * group + q,
-                                  n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;
-                        const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
-                                  x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
+                        const int local = h - task.head_begin, head = h * group + q;
                         Ahead ahead;
                         if (!p.small && !q) {
                             ahead.add(v.d_key, finished.z, finished.begin, finished.end, x, x_end, h, p.dim,
@@ -340,14 +354,20 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                             ahead.add(v.d_value, finished.z, finished.begin, finished.end, x, x_end, h, p.dim_v,
                                       ring.heads);
                         }
-                        if (!p.small && (!next.next_map || next_map)) {
-                            const NextTile<T> tile{ahead, p, next.next_map ? *next_map : m, next, x, x_end, ring.heads};
-                            if (!q) tile.keys(p.key, h, p.dim), tile.keys(p.value, h, p.dim_v);
-                            tile.queries(p.query, head, p.dim), tile.queries(p.d_out, head, p.dim_v);
-                            tile.queries(p.d_query, head, p.dim);
+                        const auto ask = [&](const auto &ahead_of) {
+                            if (!q) ahead_of.keys(p.key, h, p.dim), ahead_of.keys(p.value, h, p.dim_v);
+                            ahead_of.queries(p.query, head, p.dim), ahead_of.queries(p.d_out, head, p.dim_v);
+                            ahead_of.queries(p.d_query, head, p.dim);
+                        };
+                        if (p.small) {
+                        } else if (by_strip) {
+                            ask(NextStrip<T>{ahead, p, m, x_end, b.row.begin + places, x_end - x, ring.heads});
+                        } else if (!next.next_map || next_map) {
+                            ask(NextTile<T>{ahead, p, next.next_map ? *next_map : m, next, x, x_end, ring.heads});
                         }
                         backward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, d_bias, ahead);
                     }
+            }
         }
     for_each_row(ring, b, ring.flushed, b.key_end[ring.shape.planes ? 0 : 1], flush);
 }

@@ -158,19 +158,38 @@ struct ColumnTiles {
     int reach;   // numbers of a packed row that the tiles read
 };
 
+// Whether all lanes of a sliding tile see whole windows without copies.
+static bool is_plain(const ColumnTile &t, const GroupAxis &a) {
+    bool plain = t.keys == Keys::sliding && t.heads == 1 && !t.masked;
+    for (int l = 0; l < t.n; l++) plain &= t.low[l] == 0 && t.high[l] == a.kernel;
+    return plain;
+}
+// Whether a tile is the plain one `t` moved on by its queries. Most tiles of a long map are, and are sooner moved than made.
+static bool goes_on(const ColumnTile &t, const GroupAxis &a, TileKind kind) {
+    if (kind.keys != Keys::sliding || kind.n != lanes || t.n != lanes) return false;
+    if (a.wraps()) return a.start(kind.x + lanes - 1) + a.kernel <= a.length;
+    bool whole = a.first[kind.x] == a.first[t.x[0]] + lanes;
+    for (int i = 0; i < lanes; i++) whole &= a.count[kind.x + i] == a.kernel;
+    return whole;
+}
+static void move_on(ColumnTile &t) {
+    t.origin += lanes, t.run[0].x += lanes;
+    for (int i = 0; i < lanes; i++) t.x[i] += lanes, t.first[i] += lanes, t.end[i] += lanes, t.lane_x[i] += lanes;
+}
+
 // Tiles of the queries [x, x_end); with no array only counts.
 static ColumnTiles make_column_tiles(const GroupAxis &a, const PackedRow &row, int x, int x_end, int heads,
                                      ColumnTile *tiles) {
     ColumnTiles c{0, 1, false, 0};
-    int common = 0; // bias column of the sliding tiles
+    int common = 0; // bias column of the plain tiles
+    ColumnTile t;
+    bool plain = false;
     for (TileKind kind; x < x_end; x += kind.n, c.n++) {
         kind = tile_kind(a, x, x_end, heads);
-        ColumnTile t;
-        make_tile(t, a, row, kind, heads);
-        bool alike = kind.keys == Keys::sliding && heads == 1 && !t.masked;
-        for (int l = 0; l < kind.n; l++) alike &= t.low[l] == 0 && t.high[l] == a.kernel;
-        if (alike && !c.common) c.common = true, common = int(t.column[0]);
-        if (!alike || t.column[0] != common) t.bias_set = c.sets++;
+        if (plain && goes_on(t, a, kind)) move_on(t);
+        else make_tile(t, a, row, kind, heads), plain = is_plain(t, a);
+        if (plain && !c.common) c.common = true, common = int(t.column[0]);
+        t.bias_set = plain && t.column[0] == common ? 0 : c.sets++;
         const int reach = heads * (t.origin + a.kernel - 1) + (kind.keys == Keys::shared ? heads : lanes);
         if (c.reach < reach) c.reach = reach;
         if (tiles) tiles[c.n] = t;

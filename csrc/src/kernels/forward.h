@@ -25,19 +25,27 @@ struct ForwardBuffers {
     int *slot_order; // of the halves
 };
 
-static ColumnTiles lay_out_columns(Arena &arena, const Map &m, const Block &b, int heads, ColumnTile *&tiles) {
-    const ColumnTiles n = make_column_tiles(m.axis[2], b.row, b.begin[2], b.end[2], heads, nullptr);
+// Column tiles of a block; counted when sizes are, and made with the memory.
+static void lay_out_columns(ColumnTiles &n, ColumnTile *&tiles, Arena &arena, const Map &m, const Block &b, int heads) {
+    const auto make = [&](ColumnTile *to) {
+        return make_column_tiles(m.axis[2], b.row, b.begin[2], b.end[2], heads, to);
+    };
+    if (!n.n) n = make(nullptr);
     tiles = arena.take<ColumnTile>(n.n);
-    return tiles ? make_column_tiles(m.axis[2], b.row, b.begin[2], b.end[2], heads, tiles) : n;
+    if (tiles) make(tiles);
 }
 
-// Column tiles of a strip, for which queries lie in the first-level cache, and scores too or, of long windows, in the second.
+// Query rows that a tile can have: of a sequence one, so that buffers need not hold more.
+static int most_query_rows(const Problem &p) { return p.axis[1].length == 1 ? 1 : tile_rows; }
+
+// Column tiles of a strip, for which queries lie in the first-level cache, and scores too or, of long windows, in the second. In a
+// sequence they are what shares a loaded key, so there are two however long the window.
 constexpr int most_strip = 4;
 static int strip_tiles(const Problem &p, int copies) {
     const int64_t row = (int64_t)copies * lanes * (int64_t)sizeof(Real);
-    if (p.axis[1].length == 1) {
-        const int64_t most = 128 * 1024 / (row * p.window());
-        return most < 1 ? 1 : most < tile_rows ? int(most) : tile_rows;
+    if (most_query_rows(p) == 1) {
+        const int64_t most = 512 * 1024 / (row * p.window());
+        return most < 2 ? 2 : most < tile_rows ? int(most) : tile_rows;
     }
     const int64_t most = 32 * 1024 / (row * tile_rows * (p.dim + p.window()));
     return most < 1 ? 1 : most < most_strip ? int(most) : most_strip;
@@ -46,7 +54,7 @@ static int strip_tiles(const Problem &p, int copies) {
 static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map &m, const Block &b, const Task &t) {
     const int kv_heads = t.head_end - t.head_begin, heads = kv_heads * p.queries_per_kv_head();
     const int lane_heads = heads_in_lanes(p, m, t);
-    f.tiles = lay_out_columns(arena, m, b, lane_heads, f.columns);
+    lay_out_columns(f.tiles, f.columns, arena, m, b, lane_heads);
     f.ring = make_ring(m, b, lane_heads, f.tiles);
     f.key_rows = arena.take<KeyRow>(most_key_rows(m, b));
     f.values_head = f.ring.shape.slots() * f.ring.natural_row(p.dim_v);
@@ -55,8 +63,9 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
     if (p.part != Part::attention) f.slot_order = arena.take<int>(p.window());
     lay_out_bias(f.bias, arena, p, heads, f.tiles, f.ring.heads, false);
     f.strip = strip_tiles(p, 1);
-    f.query = arena.take<Real>(f.strip * tile_rows * score_words(p.dim) * lanes);
-    f.scores = arena.take<Real>((int64_t)f.strip * tile_rows * p.window() * lanes);
+    const int64_t strip_rows = f.strip * most_query_rows(p);
+    f.query = arena.take<Real>(strip_rows * score_words(p.dim) * lanes);
+    f.scores = arena.take<Real>(strip_rows * p.window() * lanes);
     f.maximum = arena.take<Real>(f.strip * tile_rows * lanes);
     f.normaliser = arena.take<Real>(tile_rows * lanes);
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim_v));
@@ -226,8 +235,14 @@ static void group_scores_as(const TileScores &s, TileGroup g, int64_t query_tile
     }
 }
 
+// Steps of `ahead` that the scores of n column tiles take: each block of offsets, for as many rows or tiles as share its keys.
 static int score_steps(const RowTile &t, const PackedKeys &keys, int n) {
-    return n * t.key_rows * ((keys.words() + channels_a_step - 1) / channels_a_step);
+    const int groups = t.n > 1 ? n : (n + tile_rows - 1) / tile_rows,
+              offsets = offsets_for(t.n > 1         ? t.n
+                                    : n < tile_rows ? n
+                                                    : tile_rows);
+    return groups * t.key_rows * ((keys.kernel + offsets - 1) / offsets) *
+           ((keys.words() + channels_a_step - 1) / channels_a_step);
 }
 
 // Scores of a strip of column tiles. A few rows of keys at a time meet all tiles, so that they are read from the first-level
@@ -274,8 +289,8 @@ template <class T>
 static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuffers &f, const RowTile &t,
                           const ColumnTile *columns, int n, int local_kv_head, int head, int local_head, Ahead &ahead) {
     const int slots = p.window(), group = p.queries_per_kv_head();
-    const int64_t row_scores = (int64_t)slots * lanes, tile_scores = tile_rows * row_scores,
-                  query_row = (int64_t)score_words(p.dim) * lanes, tile_query = tile_rows * query_row;
+    const int64_t row_scores = (int64_t)slots * lanes, tile_scores = most_query_rows(p) * row_scores,
+                  query_row = (int64_t)score_words(p.dim) * lanes, tile_query = most_query_rows(p) * query_row;
     const Real factor = Real(p.scale) * score_unit(p);
     int steps = p.part == Part::sum ? 0 : score_steps(t, f.keys, n);
     for (int k = 0; k < n && p.part != Part::scores; k++) steps += sum_steps(t, columns[k].n, round_up(p.dim_v));
@@ -339,6 +354,14 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                             view<T>(p.weights, p, m),
                             p.lse ? lse_view(p.lse, p, m) : View<Real>{}};
     const int group = p.queries_per_kv_head();
+    const auto pack = [&](int kz, int ky, int slot, Places places) {
+        if (p.part != Part::sum) pack_keys(f.keys, b.row, places, v.key, kz, ky, task.head_begin, slot);
+        if (p.part != Part::scores)
+            pack_values(f.values + slot * f.ring.natural_row(p.dim_v), f.values_head, p.dim_v, b.row, places, v.value,
+                        kz, ky, task.head_begin, task.head_end);
+    };
+    const bool by_strip = packs_by_strip(m);
+    int places = 0; // packed, by strip
     restart(f.ring, b);
     for (int z = b.begin[0]; z < b.end[0]; z++)
         for (int y = b.begin[1], rows; y < b.end[1]; y += rows) {
@@ -349,30 +372,36 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
             int from, to;
             leading_range(f.ring, m, z, y, rows, from, to);
             if (f.ring.packed < from) f.ring.packed = from;
-            for_each_row(f.ring, b, f.ring.packed, to, [&](int kz, int ky, int slot) {
-                if (p.part != Part::sum) pack_keys(f.keys, b.row, v.key, kz, ky, task.head_begin, slot);
-                if (p.part != Part::scores)
-                    pack_values(f.values + slot * f.ring.natural_row(p.dim_v), f.values_head, p.dim_v, b.row, v.value,
-                                kz, ky, task.head_begin, task.head_end);
-            });
+            if (!by_strip)
+                for_each_row(f.ring, b, f.ring.packed, to,
+                             [&](int kz, int ky, int slot) { pack(kz, ky, slot, Places{0, f.ring.width}); });
             if (f.ring.packed < to) f.ring.packed = to;
             const NextRows next = next_rows(f.ring, b, m.axis[1], z, y, rows);
-            for (int i = 0; i < f.tiles.n; i += f.strip)
+            for (int i = 0; i < f.tiles.n; i += f.strip) {
+                const int n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;
+                const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
+                          x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
+                if (by_strip) {
+                    const int end = places_read(f.ring, f.columns[i + n - 1], p.axis[2].kernel);
+                    if (places < end) pack(0, 0, f.ring.shape.slot(0, 0), Places{places, end}), places = end;
+                }
                 for (int h = task.head_begin; h < task.head_end; h += f.ring.heads)
                     for (int q = 0; q < group; q++) {
-                        const int local = h - task.head_begin, head = h * group + q,
-                                  n = i + f.strip < f.tiles.n ? f.strip : f.tiles.n - i;
-                        const int x = b.begin[2] + (b.end[2] - b.begin[2]) * i / f.tiles.n,
-                                  x_end = b.begin[2] + (b.end[2] - b.begin[2]) * (i + n) / f.tiles.n;
+                        const int local = h - task.head_begin, head = h * group + q;
                         Ahead ahead;
-                        if (forward_asks_ahead(p) && (!next.next_map || next_map)) {
-                            const NextTile<T> tile{ahead, p,           next.next_map ? *next_map : m, next, x,
-                                                   x_end, f.ring.heads};
-                            if (!q) tile.keys(p.key, h, p.dim), tile.keys(p.value, h, p.dim_v);
-                            tile.queries(p.query, head, p.dim), tile.queries(p.out, head, p.dim_v);
+                        const auto ask = [&](const auto &ahead_of) {
+                            if (!q) ahead_of.keys(p.key, h, p.dim), ahead_of.keys(p.value, h, p.dim_v);
+                            ahead_of.queries(p.query, head, p.dim), ahead_of.queries(p.out, head, p.dim_v);
+                        };
+                        if (!forward_asks_ahead(p)) {
+                        } else if (by_strip) {
+                            ask(NextStrip<T>{ahead, p, m, x_end, b.row.begin + places, x_end - x, f.ring.heads});
+                        } else if (!next.next_map || next_map) {
+                            ask(NextTile<T>{ahead, p, next.next_map ? *next_map : m, next, x, x_end, f.ring.heads});
                         }
                         forward_strip<T>(p, v, f, t, f.columns + i, n, local, head, local * group + q, ahead);
                     }
+            }
         }
 }
 

@@ -38,6 +38,14 @@ static Ring make_ring(const Map &m, const Block &b, int heads, const ColumnTiles
     r.packed = r.flushed = 0;
     return r;
 }
+// Whether the one row of keys that a block sees is packed as its strips of columns come to it.
+static bool packs_by_strip(const Map &m) { return m.axis[0].length == 1 && m.axis[1].length == 1; }
+// Places that the column tiles up to `last` read, the idle lanes of a tile included.
+static int places_read(const Ring &r, const ColumnTile &last, int kernel) {
+    const int end = (last.origin + kernel + 2 * lanes - 1) / lanes * lanes;
+    return end < r.width ? end : r.width;
+}
+
 static void restart(Ring &r, const Block &b) { r.packed = r.flushed = b.key_begin[r.shape.planes ? 0 : 1]; }
 
 // Calls visit(z, y, slot) for the key rows at places [from, to) of the leading axis.
@@ -99,6 +107,25 @@ struct NextTile {
     }
 };
 
+// The same of the next strip of a sequence, in this block or the one after: as many tokens as this strip has, queries from x on
+// and keys from `key` on.
+template <class T>
+struct NextStrip {
+    Ahead &ahead;
+    const Problem &p;
+    const Map &map;
+    int x, key, n, heads;
+
+    void keys(const Tensor &tensor, int head, int channels) const { add(tensor, key, head, channels); }
+    void queries(const Tensor &tensor, int head, int channels) const { add(tensor, x, head, channels); }
+
+  private:
+    void add(const Tensor &tensor, int from, int head, int channels) const {
+        const int length = map.axis[2].length, to = from + n < length ? from + n : length;
+        ahead.add(view<const T>(tensor, p, map), 0, 0, 1, from < 0 ? 0 : from, to, head, channels, heads);
+    }
+};
+
 // The rows of keys whose gradients leave the ring after the tile at (z, y): memory to write is asked for like memory to read. None in
 // 3D, where whole planes leave it.
 struct FinishedRows {
@@ -137,12 +164,18 @@ static void clear_rest(const PackedKeys &k) {
         for (int64_t row = 0; row < rows; row++) store(k.data + row * k.pitch + i, Vec{});
 }
 
-// Packs row (z, y) of the keys of all heads of a task, whose first is `head`. Heads inside: a token's channels lie side by side.
+// Places of a packed row: `from` begins a vector, and `to` ends one or the row.
+struct Places {
+    int from, to;
+};
+
+// Packs places of row (z, y) of the keys of all heads of a task, whose first is `head`. Heads inside: a token's channels lie side by
+// side.
 template <class T, int lane_heads>
-static void pack_keys_of(const PackedKeys &k, const PackedRow &row, const View<const T> &v, int z, int y, int head,
-                         int slot) {
-    const int n = row.width * lane_heads;
-    for (int i = 0; i < n; i += lanes) {
+static void pack_keys_of(const PackedKeys &k, const PackedRow &row, Places places, const View<const T> &v, int z, int y,
+                         int head, int slot) {
+    const int n = places.to * lane_heads;
+    for (int i = places.from * lane_heads; i < n; i += lanes) {
         int64_t token[lanes];
         for (int l = 0; l < lanes; l++)
             token[l] = row.key((i + l < n ? i + l : i) / lane_heads) * v.x + l % lane_heads * v.head;
@@ -151,21 +184,21 @@ static void pack_keys_of(const PackedKeys &k, const PackedRow &row, const View<c
     }
 }
 template <class T>
-static void pack_keys(const PackedKeys &k, const PackedRow &row, const View<const T> &v, int z, int y, int head,
-                      int slot) {
-    if (k.lane_heads == 2) pack_keys_of<T, 2>(k, row, v, z, y, head, slot);
-    else pack_keys_of<T, 1>(k, row, v, z, y, head, slot);
+static void pack_keys(const PackedKeys &k, const PackedRow &row, Places places, const View<const T> &v, int z, int y,
+                      int head, int slot) {
+    if (k.lane_heads == 2) pack_keys_of<T, 2>(k, row, places, v, z, y, head, slot);
+    else pack_keys_of<T, 1>(k, row, places, v, z, y, head, slot);
 }
 
 // The same key by key, each with the channels as they lie in memory; head h of the task at rows + h * head_step.
 template <class T>
-static void pack_values(Real *rows, int64_t head_step, int channels, const PackedRow &row, const View<const T> &v,
-                        int z, int y, int head, int head_end) {
+static void pack_values(Real *rows, int64_t head_step, int channels, const PackedRow &row, Places places,
+                        const View<const T> &v, int z, int y, int head, int head_end) {
     const int64_t width = round_up(channels);
     const int ends[3] = {row.copies_left(), row.width - row.copies_right(), row.width};
-    for (int part = 0, from = 0; part < 3; part++)
-        for (int to; from < ends[part]; from = to) {
-            to = from + 8 < ends[part] ? from + 8 : ends[part];
+    for (int part = 0, from = places.from; part < 3; part++)
+        for (int to, end = ends[part] < places.to ? ends[part] : places.to; from < end; from = to) {
+            to = from + 8 < end ? from + 8 : end;
             for (int h = head; h < head_end; h++)
                 pack_rows(v.at(z, y, row.key(from), h), v.x, to - from, channels,
                           rows + (h - head) * head_step + from * width, Real(1));

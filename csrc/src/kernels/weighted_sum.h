@@ -44,9 +44,9 @@ static int sum_steps(const RowTile &t, int n, int width) {
 // same keys. Fewer vectors: several columns.
 constexpr int sum_accumulators = registers >= 32 ? 16 : 12;
 constexpr int max_vectors = registers >= 32 ? 2 : 4;
-constexpr int columns_for(int rows, int vectors) {
+constexpr int columns_for(int rows, int vectors) { // powers of two leave no columns over
     const int fit = sum_accumulators / (vectors * rows);
-    return fit < 1 ? 1 : fit < 6 ? fit : 6;
+    return fit < 1 ? 1 : fit < 4 ? fit : fit < 8 ? 4 : 8;
 }
 
 // The columns of a block: each one's keys [first, last) of a row, and where the weight of (its lane, key 0) lies.
@@ -234,34 +234,30 @@ static void sum_block(const WeightedSum &s, int l, int c0) {
     finish_sum(s, a, l, c0);
 }
 
-// Channels [c0, c0 + vectors) of the first n columns.
-template <int rows, int vectors, int kernel>
-static void sum_columns(const WeightedSum &s, int n, int c0) {
-    constexpr int columns = columns_for(rows, vectors);
-    int l = 0;
-    if constexpr (columns > 1)
+// Channels [c0, c0 + vectors) of the columns from l to n, `columns` at a time and the rest in smaller blocks: a sum must wait for
+// itself where there are few.
+template <int rows, int vectors, int kernel, int columns = columns_for(rows, vectors)>
+static void sum_columns(const WeightedSum &s, int l, int n, int c0) {
+    if constexpr (columns > 1) {
         for (; l + columns <= n; l += columns) {
-            bool one = kernel ? s.end[l] - s.first[l] == kernel : s.end[l] - s.first[l] >= columns - 1,
-                 none = !kernel || one;
+            const int window = s.end[l] - s.first[l];
+            bool one = kernel ? window == kernel : window >= columns - 1, none = !kernel || one;
             for (int q = 1; q < columns; q++) {
                 one &= s.first[l + q] == s.first[l] + q && s.end[l + q] == s.end[l] + q;
                 none &= s.first[l + q] == s.first[l] && s.end[l + q] == s.end[l];
             }
             if (none) sum_block<rows, columns, vectors, Advance::none, kernel>(s, l, c0);
             else if (one) sum_block<rows, columns, vectors, Advance::one, kernel>(s, l, c0);
+            else if (columns > 2 && window < columns - 1) break; // short windows of a sequence: fewer columns see a key
             else sum_block<rows, columns, vectors, Advance::any, 0>(s, l, c0);
         }
-    if constexpr (columns > 2 && vectors > 2)
-        if (n - l == 2) {
-            const bool whole = kernel ? s.end[l] - s.first[l] == kernel : s.end[l] > s.first[l],
-                       none = whole && s.first[l + 1] == s.first[l] && s.end[l + 1] == s.end[l],
-                       one = whole && s.first[l + 1] == s.first[l] + 1 && s.end[l + 1] == s.end[l] + 1;
-            if (none) return sum_block<rows, 2, vectors, Advance::none, kernel>(s, l, c0);
-            if (one) return sum_block<rows, 2, vectors, Advance::one, kernel>(s, l, c0);
+        constexpr bool waits = rows * vectors < sum_accumulators / 2 || vectors > 2;
+        sum_columns<rows, vectors, kernel, columns <= 2 || !waits ? 1 : (columns + 1) / 2>(s, l, n, c0);
+    } else {
+        for (; l < n; l++) {
+            if (!kernel || s.end[l] - s.first[l] != kernel) sum_block<rows, 1, vectors, Advance::none, 0>(s, l, c0);
+            else sum_block<rows, 1, vectors, Advance::none, kernel>(s, l, c0);
         }
-    for (; l < n; l++) {
-        if (!kernel || s.end[l] - s.first[l] != kernel) sum_block<rows, 1, vectors, Advance::none, 0>(s, l, c0);
-        else sum_block<rows, 1, vectors, Advance::none, kernel>(s, l, c0);
     }
 }
 
@@ -270,9 +266,9 @@ static void sum_rows(const WeightedSum &s, int n) {
     int c = 0;
     if constexpr (max_vectors > 2)
         for (; c + max_vectors * lanes <= s.width; c += max_vectors * lanes)
-            sum_columns<rows, max_vectors, kernel>(s, n, c);
-    for (; c + 2 * lanes <= s.width; c += 2 * lanes) sum_columns<rows, 2, kernel>(s, n, c);
-    if (c < s.width) sum_columns<rows, 1, 0>(s, n, c);
+            sum_columns<rows, max_vectors, kernel>(s, 0, n, c);
+    for (; c + 2 * lanes <= s.width; c += 2 * lanes) sum_columns<rows, 2, kernel>(s, 0, n, c);
+    if (c < s.width) sum_columns<rows, 1, 0>(s, 0, n, c);
 }
 
 template <int kernel>
