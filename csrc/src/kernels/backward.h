@@ -137,7 +137,17 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                   query_rows = (int64_t)lanes * width, d_out_rows = (int64_t)lanes * width_v;
     const bool attention = p.part == Part::attention, has_keys = p.part != Part::sum,
                has_values = p.part != Part::scores;
+    const bool sequence = is_sequence(t, p.axis[1].kernel * lanes);
     const Real factor = Real(p.scale) * score_unit(p);
+    int steps =
+        2 * n * t.n + (attention ? score_steps(t, f.keys, n) : 0) + (has_values ? score_steps(t, f.values, n) : 0);
+    for (int k = 0; k < n; k++) {
+        const int columns_n = columns[k].n, kernel = p.axis[2].kernel;
+        if (has_keys) steps += sum_steps(t, columns_n, width);
+        if (has_keys && !sequence) steps += gradient_steps(t, columns_n, kernel, width);
+        if (has_values && !sequence) steps += gradient_steps(t, columns_n, kernel, width_v);
+    }
+    ahead.share_among(steps);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         for (int r = 0; r < t.n; r++) {
@@ -162,15 +172,9 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                 pack(v.query, p.dim, factor, f.query_rows + row * query_rows,
                      attention ? f.query + row * query_row : nullptr);
             if (has_values) pack(v.d_out, p.dim_v, Real(1), f.d_out_rows + row * d_out_rows, f.d_out + row * d_out_row);
+            ahead.step();
         }
     }
-    int steps = (attention ? score_steps(t, f.keys, n) : 0) + (has_values ? score_steps(t, f.values, n) : 0);
-    for (int k = 0; k < n; k++) {
-        const int columns_n = columns[k].n, kernel = p.axis[2].kernel;
-        if (has_keys) steps += sum_steps(t, columns_n, width) + gradient_steps(t, columns_n, kernel, width);
-        if (has_values) steps += gradient_steps(t, columns_n, kernel, width_v);
-    }
-    ahead.share_among(steps);
     TileScores scores{&t,         nullptr,  nullptr, nullptr,    &f.keys,          local_kv_head,
                       f.query,    factor,   &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel,
                       row_scores, f.scores, nullptr, &ahead};
@@ -178,13 +182,13 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
     scores.keys = &f.values, scores.query = f.d_out, scores.factor = 1, scores.bias = nullptr,
     scores.scores = f.d_scores;
     if (has_values) strip_scores(scores, columns, n, most_rows * d_out_row, tile_scores);
-    const bool sequence = is_sequence(t, p.axis[1].kernel * lanes);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);
         Real *const weights = f.scores + k * tile_scores, *const d_scores = f.d_scores + k * tile_scores;
         for (int r = 0; r < t.n; r++) {
             Real *const row_weights = weights + r * row_scores, *const row_d_scores = d_scores + r * row_scores;
+            ahead.step();
             if (!attention) {
                 unfused_row(p, v, f, t, c, r, holes, row_weights, row_d_scores, head, local_head, d_bias);
                 continue;

@@ -179,13 +179,19 @@ struct TileGroup {
     int tiles, advance;
 };
 
+// So many that no more than half of what a group sees is seen by some of its tiles only.
+static int most_together(int kernel) {
+    const int most = 1 + kernel / (2 * lanes);
+    return most < tile_rows ? most : tile_rows;
+}
+
 static TileGroup group_of(const TileScores &s, int n) {
     const ColumnTile *c = s.columns;
-    const int most = 1 + s.kernel_x / (2 * lanes);
+    const int most = most_together(s.kernel_x);
     TileGroup g{1, c[0].keys == Keys::sliding ? lanes : 0};
     if (s.rows->n > 1 || c[0].heads > 1 || c[0].keys == Keys::permuted) return g;
     if (s.bias && s.bias->present && c[0].bias_set) return g;
-    while (g.tiles < n && g.tiles < tile_rows && g.tiles < most) {
+    while (g.tiles < n && g.tiles < most) {
         const ColumnTile &next = c[g.tiles];
         if (next.keys != c[0].keys || next.origin != c[0].origin + g.tiles * g.advance ||
             (s.bias && s.bias->present && next.bias_set))
@@ -292,7 +298,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
     const int64_t row_scores = (int64_t)slots * lanes, tile_scores = most_query_rows(p) * row_scores,
                   query_row = (int64_t)score_words(p.dim) * lanes, tile_query = most_query_rows(p) * query_row;
     const Real factor = Real(p.scale) * score_unit(p);
-    int steps = p.part == Part::sum ? 0 : score_steps(t, f.keys, n);
+    int steps = p.part == Part::sum ? 0 : score_steps(t, f.keys, n) + 2 * n * t.n;
     for (int k = 0; k < n && p.part != Part::scores; k++) steps += sum_steps(t, columns[k].n, round_up(p.dim_v));
     ahead.share_among(steps);
     if (p.part != Part::sum) {
@@ -304,6 +310,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
                 pack_for_scores(v.query.at(t.z, t.y + r, 0, head), token, lanes, p.dim,
                                 f.query + k * tile_query + r * query_row, lanes, factor);
                 store(f.maximum + (k * tile_rows + r) * lanes, splat(nothing));
+                ahead.step();
             }
         }
         strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, factor, &f.bias,
@@ -316,6 +323,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
         const bool holes = has_holes(t, c, p);
         for (int r = 0; r < t.n; r++) {
             Real *scores = f.scores + k * tile_scores + r * row_scores;
+            ahead.step();
             if (p.part == Part::attention) {
                 Vec m = load(f.maximum + (k * tile_rows + r) * lanes);
                 if (holes) fill_holes(scores, t, r, c, p, nothing), m = row_maximum(scores, slots);

@@ -35,11 +35,6 @@ struct WeightedSum {
     int64_t out_row, out_column;
     Ahead *ahead;
 };
-// Steps of `ahead`, one for each key row of each block, that n columns take.
-static int sum_steps(const RowTile &t, int n, int width) {
-    return (n + 1) / 2 * t.key_rows * ((width + 2 * lanes - 1) / (2 * lanes));
-}
-
 // Register blocks: where a token has four vectors of channels, one column has work enough and needs no neighbour with the
 // same keys. Fewer vectors: several columns.
 constexpr int sum_accumulators = registers >= 32 ? 16 : 12;
@@ -47,6 +42,12 @@ constexpr int max_vectors = registers >= 32 ? 2 : 4;
 constexpr int columns_for(int rows, int vectors) { // powers of two leave no columns over
     const int fit = sum_accumulators / (vectors * rows);
     return fit < 1 ? 1 : fit < 4 ? fit : fit < 8 ? 4 : 8;
+}
+
+// Steps of `ahead`, one for each key row of each block, that n columns take.
+static int sum_steps(const RowTile &t, int n, int width) {
+    const int columns = columns_for(t.n, 2);
+    return (n + columns - 1) / columns * t.key_rows * ((width + 2 * lanes - 1) / (2 * lanes));
 }
 
 // The columns of a block: each one's keys [first, last) of a row, and where the weight of (its lane, key 0) lies.
