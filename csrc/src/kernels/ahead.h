@@ -2,6 +2,9 @@
 // keys) and write is asked for while this one is computed, a few lines between some products and the next. A processor has some
 // two dozen lines under way at a time: a Zen 4 waited for a fifth of its forward where it was asked for 26 at a time.
 //
+// There are as many lines as groups of products, so asking must be cheap: line by line, from a counter for each, it was a fifth of a
+// Zen 5's forward with window 3, and more than half of that was not the asking.
+//
 // In the forward with vectors of 64 bytes only on AMD's processors, for more than 4 MB of tensors. An Intel server took 2 to 14 % longer
 // in the forward, asked for many lines at a time (the backward neither gained nor lost); a few at a time it has not been measured.
 #pragma once
@@ -12,39 +15,58 @@ namespace nbhd::NBHD_ISA {
 
 static bool forward_asks_ahead(const Problem &p) { return !p.small && (NBHD_VECTOR_BYTES < 64 || p.far); }
 
+// Asked for are eight lines at a time, four pairs, of one token or of neighbours. The last of a row may overlap others.
 struct Ahead {
-    static constexpr int most_rows = 64;
+    static constexpr int most_rows = 64, few_lines = 8, line = 64;
     struct Row {
-        const char *token;
-        int64_t stride;
-        int tokens, bytes;
+        uintptr_t at, last;    // addresses: of the lines to ask for next; where the last begin
+        uintptr_t step;        // to the next
+        uintptr_t pair, other; // from a pair to the next, and from a line to the other of its pair
     } row[most_rows];
-    int rows = 0, lines = 0, at_row = 0, at_token = 0, at_byte = 0, per_step = 0;
+    int rows = 0, lines = 0, at = 0, per_step = 0, due = 0;
 
     // Tokens [x, x_end) of the query rows (keys: rows along Y) [y, y_end); of two heads in the lanes only if they lie side by side.
     template <class T>
     void add(const View<T> &v, int z, int y, int y_end, int x, int x_end, int head, int channels, int heads) {
         if (!v.data || x >= x_end) return;
         if (v.head == channels) channels *= heads;
-        const int bytes = channels * (int)sizeof(T), tokens = x_end - x;
-        for (; y < y_end && rows < most_rows; y++, lines += tokens * ((bytes + 63) / 64))
-            row[rows++] = Row{(const char *)v.at(z, y, x, head), v.x * (int64_t)sizeof(T), tokens, bytes};
+        const int of_token = (channels * (int)sizeof(T) + line - 1) / line, n = x_end - x;
+        const uintptr_t token = uintptr_t(v.x * (int64_t)sizeof(T));
+        for (int done = 0, some = few_lines; done < of_token; done += some) {
+            while (some > of_token - done) some /= 2; // a power of two of a token's lines
+            const int tokens = few_lines / some, before_last = n > tokens ? n - tokens : 0;
+            Row r;
+            r.step = uintptr_t(tokens) * token;
+            r.pair = some == 1 ? 2 * token : some == 2 ? token : some == 4 ? line : 2 * line;
+            r.other = some == 1 || some == 4 ? token : line;
+            for (int u = y; u < y_end && rows < most_rows; u++, lines += n * some) {
+                r.at = uintptr_t(v.at(z, u, x, head)) + uintptr_t(done * line),
+                r.last = r.at + uintptr_t(before_last) * token;
+                row[rows++] = r;
+            }
+        }
     }
     // About how many steps there will be; what they leave, `finish` asks for.
     void share_among(int steps) { per_step = steps > 0 ? (lines + steps - 1) / steps : 0; }
-    void step() { ask(per_step); }
-    void finish() { ask(lines); }
+    NBHD_INLINE_MEMBER void step() {
+        if ((due += per_step) > 0) ask();
+    }
+    void finish() { due = 1 << 30, ask(); }
 
   private:
-    void ask(int n) {
-        for (; n > 0 && at_row < rows; n--) {
-            const Row &r = row[at_row];
-            __builtin_prefetch(r.token + at_token * r.stride + at_byte, 0, 2);
-            if ((at_byte += 64) < r.bytes) continue;
-            at_byte = 0;
-            if (++at_token == r.tokens) at_token = 0, at_row++;
+    // Inside of loops that hold sums in all vector registers, which a call would have to save.
+    NBHD_INLINE_MEMBER void ask() {
+        for (; due > 0 && at < rows; due -= few_lines) {
+            Row &r = row[at];
+            uintptr_t a = r.at;
+            r.at += r.step;
+            if (a >= r.last) a = r.last, at++;
+            const uintptr_t pair = r.pair, other = r.other;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++, a += pair) fetch(a), fetch(a + other);
         }
     }
+    static void fetch(uintptr_t address) { __builtin_prefetch((const char *)address, 0, 2); }
 };
 
 } // namespace nbhd::NBHD_ISA

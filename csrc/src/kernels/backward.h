@@ -161,10 +161,10 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                 if constexpr (pairs) {
                     for (int l = 0; l < lanes; l++)
                         token[l] = c.lane_x[l] * from.x + c.lane_head[l] * group * from.head;
-                    pack_for_scores(from.at(t.z, t.y + r, 0, head), token, lanes, channels, lane_copy, lanes, factor);
+                    pack_for_scores(from.at(t.z, t.y + r, 0, head), token, channels, lane_copy, lanes, factor);
                 } else { // the copy just made is near, and of Reals
                     for (int l = 0; l < lanes; l++) token[l] = c.lane_query[l] * wide;
-                    pack_lanes(rows, token, lanes, channels, lane_copy, lanes, Real(1));
+                    pack_lanes(rows, token, channels, lane_copy, lanes, Real(1));
                 }
             };
             const int row = k * most_rows + r;

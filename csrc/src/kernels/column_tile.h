@@ -46,6 +46,12 @@ struct PackedRow {
         const int k = begin + place;
         return k < 0 ? k + kernel : k >= length ? k - kernel : k;
     }
+    // The same of a vector of lanes from `lane` on, of which `heads` share a place; lanes from n on repeat the first.
+    template <int heads>
+    Index keys(int lane, int n) const {
+        const Index l = lane_numbers(), k = begin + (lane + (l < n - lane ? l : l % heads)) / heads;
+        return k < 0 ? k + kernel : k >= length ? k - kernel : k;
+    }
 };
 // Those that queries [x, x_end) see.
 static PackedRow packed_row(const GroupAxis &a, int x, int x_end) {

@@ -62,12 +62,7 @@ NBHD_INLINE void store(Float16 *p, Vec v) {
 #endif
 
 // The first n < lanes elements; the others read as zero and are not written. A loop over n, or a memcpy of n, would be a call.
-NBHD_INLINE Index first_lanes(int n) {
-    Index lane;
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; l++) lane[l] = l;
-    return lane < Index{} + n;
-}
+NBHD_INLINE Index first_lanes(int n) { return lane_numbers() < Index{} + n; }
 NBHD_INLINE Vec load_part(const Real *p, int n) {
 #if defined(__AVX512F__) && NBHD_VECTOR_BYTES == 64
     if constexpr (is_double) return (Vec)_mm512_maskz_loadu_pd((__mmask8)((1 << n) - 1), p);

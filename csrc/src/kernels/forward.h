@@ -307,7 +307,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
             int64_t token[lanes];
             for (int l = 0; l < lanes; l++) token[l] = c.lane_x[l] * v.query.x + c.lane_head[l] * group * v.query.head;
             for (int r = 0; r < t.n; r++) {
-                pack_for_scores(v.query.at(t.z, t.y + r, 0, head), token, lanes, p.dim,
+                pack_for_scores(v.query.at(t.z, t.y + r, 0, head), token, p.dim,
                                 f.query + k * tile_query + r * query_row, lanes, factor);
                 store(f.maximum + (k * tile_rows + r) * lanes, splat(nothing));
                 ahead.step();

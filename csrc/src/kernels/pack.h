@@ -4,7 +4,8 @@
 //     pack_lanes    dst[channel][token]       lanes of a vector are tokens
 //     pack_pairs    dst[pair][token]          the same, two channels of 16 bits in a word
 //
-// The first two multiply by `factor`; rows are padded with zeros up to whole vectors, pairs up to whole words.
+// The first two multiply by `factor`; rows are padded with zeros up to whole vectors, pairs up to whole words. All lanes of a vector
+// have a token; those that are not needed repeat one.
 #pragma once
 #include "element.h"
 
@@ -21,26 +22,37 @@ static void pack_rows(const T *src, int64_t stride, int n, int channels, Real *d
     }
 }
 
-// One vector of tokens: dst[channel * pitch + lane], lane l from src + token[l]; lanes from n on are zero.
+#if !NBHD_DOUBLE
+// Calls put(word, vector of lanes) for words [w, words) of the tokens, `step` at a time, and raises w to the first that is left.
+template <int step, class T, class Put>
+NBHD_INLINE void pack_words(const T *src, const int64_t *token, int &w, int words, Put put) {
+    constexpr int in_word = sizeof(float) / sizeof(T);
+    for (; w + step <= words; w += step) {
+        Vec r[step];
+        load_transposed(r, src + w * in_word, token);
+#pragma GCC unroll 8
+        for (int i = 0; i < step; i++) put(w + i, r[i]);
+    }
+    if constexpr (step > 4) pack_words<4>(src, token, w, words, put);
+}
+#endif
+
+// One vector of tokens: dst[channel * pitch + lane], lane l from src + token[l].
 template <class T>
-NBHD_INLINE void pack_lanes(const T *src, const int64_t *token, int n, int channels, Real *dst, int64_t pitch,
-                            Real factor) {
+NBHD_INLINE void pack_lanes(const T *src, const int64_t *token, int channels, Real *dst, int64_t pitch, Real factor) {
     const Vec f = splat(factor);
-    for (int c = 0; c < channels; c += lanes) {
+    int c = 0;
+#if !NBHD_DOUBLE
+    if constexpr (sizeof(T) == sizeof(float))
+        pack_words<most_words>(src, token, c, channels,
+                               [&](int i, Vec v) NBHD_INLINE_LAMBDA { store(dst + i * pitch, v * f); });
+#endif
+    for (; c < channels; c += lanes) {
         const int rows = channels - c < lanes ? channels - c : lanes;
         Vec r[lanes];
-#if !NBHD_DOUBLE
-        if constexpr (sizeof(T) == sizeof(float))
-            if (n >= lanes && rows == lanes) {
-                load_transposed(r, src + c, token);
-#pragma GCC unroll 16
-                for (int i = 0; i < lanes; i++) store(dst + (c + i) * pitch, r[i] * f);
-                continue;
-            }
-#endif
 #pragma GCC unroll 16
         for (int l = 0; l < lanes; l++)
-            r[l] = l < n ? rows == lanes ? load(src + token[l] + c) : load_part(src + token[l] + c, rows) : Vec{};
+            r[l] = rows == lanes ? load(src + token[l] + c) : load_part(src + token[l] + c, rows);
         transpose(r);
         if (rows == lanes) {
 #pragma GCC unroll 16
@@ -53,25 +65,17 @@ NBHD_INLINE void pack_lanes(const T *src, const int64_t *token, int n, int chann
 
 #if NBHD_PAIRS
 template <class T>
-NBHD_INLINE void pack_pairs(const T *src, const int64_t *token, int n, int channels, Real *dst, int64_t pitch) {
-    for (int c = 0; c < channels; c += 2 * lanes, dst += lanes * pitch) {
-        const int left = channels - c, rows = left < 2 * lanes ? (left + 1) / 2 : lanes;
+NBHD_INLINE void pack_pairs(const T *src, const int64_t *token, int channels, Real *dst, int64_t pitch) {
+    int w = 0;
+    pack_words<most_words>(src, token, w, channels / 2,
+                           [&](int i, Vec v) NBHD_INLINE_LAMBDA { store(dst + i * pitch, v); });
+    if (const int left = channels - 2 * w) {
         Vec r[lanes];
-        if (n >= lanes && left >= 2 * lanes) {
-            load_transposed(r, src + c, token);
-        } else {
-            const __mmask32 some = left < 2 * lanes ? (1u << left) - 1 : ~0u;
+        const __mmask32 some = (1u << left) - 1;
 #pragma GCC unroll 16
-            for (int l = 0; l < lanes; l++)
-                r[l] = l < n ? (Vec)_mm512_maskz_loadu_epi16(some, src + token[l] + c) : Vec{};
-            transpose(r);
-        }
-        if (rows == lanes) {
-#pragma GCC unroll 16
-            for (int i = 0; i < lanes; i++) store(dst + i * pitch, r[i]);
-        } else {
-            for (int i = 0; i < rows; i++) store(dst + i * pitch, r[i]);
-        }
+        for (int l = 0; l < lanes; l++) r[l] = (Vec)_mm512_maskz_loadu_epi16(some, src + token[l] + 2 * w);
+        transpose(r);
+        for (int i = 0; i < (left + 1) / 2; i++) store(dst + (w + i) * pitch, r[i]);
     }
 }
 #endif
@@ -79,13 +83,13 @@ NBHD_INLINE void pack_pairs(const T *src, const int64_t *token, int n, int chann
 // Queries or keys as the scores want them. Pairs are left as they are: there the scores are multiplied by the factor.
 NBHD_INLINE int score_words(int channels) { return pairs ? (channels + 1) / 2 : channels; }
 template <class T>
-NBHD_INLINE void pack_for_scores(const T *src, const int64_t *token, int n, int channels, Real *dst, int64_t pitch,
+NBHD_INLINE void pack_for_scores(const T *src, const int64_t *token, int channels, Real *dst, int64_t pitch,
                                  Real factor) {
 #if NBHD_PAIRS
     (void)factor;
-    pack_pairs(src, token, n, channels, dst, pitch);
+    pack_pairs(src, token, channels, dst, pitch);
 #else
-    pack_lanes(src, token, n, channels, dst, pitch, factor);
+    pack_lanes(src, token, channels, dst, pitch, factor);
 #endif
 }
 

@@ -154,7 +154,7 @@ static PackedKeys lay_out_keys(Arena &arena, const Ring &ring, int channels, int
     k.data = arena.take<Real>(k.size());
     return k;
 }
-// Idle lanes read past the keys of a row: numbers, not whatever the memory held. Packing a row writes `width` places, zeros behind
+// Idle lanes read past the keys of a row: numbers, not whatever the memory held. Packing a row writes `width` places, copies behind
 // the last key; the rest is written here, once.
 static void clear_rest(const PackedKeys &k) {
     if (!k.data) return;
@@ -176,11 +176,11 @@ static void pack_keys_of(const PackedKeys &k, const PackedRow &row, Places place
                          int head, int slot) {
     const int n = places.to * lane_heads;
     for (int i = places.from * lane_heads; i < n; i += lanes) {
+        const Index key = row.keys<lane_heads>(i, n);
         int64_t token[lanes];
-        for (int l = 0; l < lanes; l++)
-            token[l] = row.key((i + l < n ? i + l : i) / lane_heads) * v.x + l % lane_heads * v.head;
+        for (int l = 0; l < lanes; l++) token[l] = int64_t(key[l]) * v.x + l % lane_heads * v.head;
         for (int h = 0; h < k.heads; h += lane_heads)
-            pack_for_scores(v.at(z, y, 0, head + h), token, n - i, k.channels, k.row(h, slot) + i, k.pitch, Real(1));
+            pack_for_scores(v.at(z, y, 0, head + h), token, k.channels, k.row(h, slot) + i, k.pitch, Real(1));
     }
 }
 template <class T>
