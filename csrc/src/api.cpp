@@ -99,21 +99,25 @@ int32_t check_shape(const nbhd_call &c) {
     return NBHD_OK;
 }
 
-int64_t kilobytes(const char *variable, long otherwise) {
+// Times 1024.
+int64_t kilo(const char *variable, long otherwise) {
     const char *text = getenv(variable);
-    const long kb = text ? strtol(text, nullptr, 10) : 0;
-    return (kb > 0 && kb < 1 << 20 ? kb : otherwise) * int64_t(1024);
+    const long n = text ? strtol(text, nullptr, 10) : 0;
+    return (n > 0 && n < 1 << 20 ? n : otherwise) * int64_t(1024);
 }
 
-// Sizes for machines with other caches, and for tests, which cut small maps into many blocks with them.
+// Sizes for machines with other caches, and for tests, which cut small maps into many blocks and tasks with them.
 int64_t cache_bytes() {
-    static const int64_t bytes = kilobytes("NBHD_CPU_CACHE_KB", 512); // Zen 3; later cores have more
+    static const int64_t bytes = kilo("NBHD_CPU_CACHE_KB", 512); // Zen 3; later cores have more
     return bytes;
 }
 int64_t last_cache_bytes() {
-    static const int64_t bytes =
-        kilobytes("NBHD_CPU_LAST_CACHE_KB", 32 * 1024); // what a Zen 3 or 4 has for eight cores
+    static const int64_t bytes = kilo("NBHD_CPU_LAST_CACHE_KB", 32 * 1024); // what a Zen 3 or 4 has for eight cores
     return bytes;
+}
+int64_t least_work_of_cut() {
+    static const int64_t products = kilo("NBHD_CPU_CUT_KILOPRODUCTS", 2048);
+    return products;
 }
 
 size_t element_size(int64_t dtype) { return dtype == NBHD_FLOAT64 ? 8 : dtype == NBHD_FLOAT32 ? 4 : 2; }
@@ -207,7 +211,7 @@ int32_t run(const nbhd_call *call, Entry e) {
                          tables.first[a].data(), tables.count[a].data(), -1};
     // only the fused passes do not care for the order of a window's keys
     if (e.part == Part::attention) p.axis[2].before = keys_before(c, 2, tables);
-    p.scale = c.scale, p.cache_bytes = cache_bytes();
+    p.scale = c.scale, p.cache_bytes = cache_bytes(), p.least_work_of_cut = least_work_of_cut();
     const int64_t elements =
         c.batch * c.length[0] * c.length[1] * c.length[2] * (c.heads + c.kv_heads) * (c.dim + c.dim_v);
     p.small = elements * (e.backward ? 2 : 1) * (c.dtype == NBHD_FLOAT64 ? 8 : 4) <= p.cache_bytes;

@@ -260,10 +260,25 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
     }
 }
 
-// `adds`: other blocks have keys in common with this one, and all of them add to their gradients.
+// The keys whose gradients a block stores: those at [begin, end) along an axis. To others, which blocks before it have stored, it adds.
+struct StoredKeys {
+    int axis, begin, end;
+
+    // Places of row (z, y) that hold them, copies left out.
+    Places of_row(const PackedRow &row, int z, int y) const {
+        const int u = axis == 0 ? z : y, first = row.copies_left(), last = row.width - row.copies_right();
+        if (axis < 2) return {first, u >= begin && u < end ? last : first};
+        const auto inside = [](int place, int low, int high) {
+            return place < low ? low : place > high ? high : place;
+        };
+        const int from = inside(begin - row.begin, first, last);
+        return {from, inside(end - row.begin, from, last)};
+    }
+};
+
 template <class T>
 static void backward_map(const Problem &p, const Map &m, const Map *next_map, const Block &b, const Task &task,
-                         BackwardBuffers &f, bool adds, Real *d_bias) {
+                         BackwardBuffers &f, StoredKeys stored, Real *d_bias) {
     BackwardViews<T> v{view<const T>(p.query, p, m),
                        view<const T>(p.key, p, m),
                        view<const T>(p.value, p, m),
@@ -305,20 +320,28 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
     const Real key_factor = Real(1) / score_unit(p); // queries were packed times the unit
     const auto flush = [&](int kz, int ky, int slot) {
         if ((ring.shape.planes ? kz : ky) >= ring.packed) clear_gradients(slot, whole_row); // nobody sees that row
+        const Places store = stored.of_row(b.row, kz, ky);
+        const int first = b.row.copies_left(), last = ring.width - b.row.copies_right();
         const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<T> &to, Real factor) {
             const int64_t wide = round_up(channels);
-            const auto unpack = [&](int place, int h, bool add) {
-                unpack_rows(rows + h * head_step + place * wide, 1, channels,
-                            to.at(kz, ky, b.row.key(place), task.head_begin + h), 0, factor, add);
+            const auto unpack = [&](int place, int n, int h, bool add) {
+                unpack_rows(rows + h * head_step + place * wide, n, channels,
+                            to.at(kz, ky, b.row.key(place), task.head_begin + h), to.x, factor, add);
             };
             for_each_copy(b.row, [&](int place, int own) {
                 for (int h = 0; h < kv_heads; h++) {
-                    if (own < 0 || own >= ring.width) unpack(place, h, true); // a block: it adds to the tensor anyhow
+                    if (own < 0 || own >= ring.width) unpack(place, 1, h, true); // of a block, which stores nothing
                     else add_row(rows + h * head_step + place * wide, rows + h * head_step + own * wide, channels);
                 }
             });
-            for (int place = b.row.copies_left(); place < ring.width - b.row.copies_right(); place++)
-                for (int h = 0; h < kv_heads; h++) unpack(place, h, adds);
+            const auto unpack_all = [&](int from, int end, bool add) { // a token's heads lie side by side
+                for (int n; from < end; from += n) {
+                    n = from + 8 < end ? 8 : end - from;
+                    for (int h = 0; h < kv_heads; h++) unpack(from, n, h, add);
+                }
+            };
+            unpack_all(first, store.from, true), unpack_all(store.from, store.to, false);
+            unpack_all(store.to, last, true);
         };
         if (has_keys) leave(f.d_keys + slot * ring.natural_row(p.dim), f.key_head, p.dim, v.d_key, key_factor);
         if (has_values) leave(f.d_values + slot * ring.natural_row(p.dim_v), f.value_head, p.dim_v, v.d_value, Real(1));

@@ -26,6 +26,16 @@ static bool alternate_blocks_are_apart(const Problem &p, const Plan &plan) {
     return true;
 }
 
+// Cuts of even number run first. They store whatever they see; those between them add where an even one has been. Blocks of one task
+// have keys in common in ways of their own: all of them add, to gradients that are zero.
+static StoredKeys stored_keys(const Plan &plan, const Map &m, int cut) {
+    const GroupAxis &a = m.axis[plan.cut_axis];
+    if (plan.several_blocks) return {plan.cut_axis, 0, 0};
+    if (cut % 2 == 0) return {plan.cut_axis, 0, a.length};
+    const int64_t n = a.length, begin = n * cut / plan.cuts, end = n * (cut + 1) / plan.cuts;
+    return {plan.cut_axis, begin > 0 ? a.end(int(begin) - 1) : 0, end < n ? a.first[end] : int(n)};
+}
+
 template <class T>
 static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
     const Problem &p = *job.p;
@@ -50,7 +60,8 @@ static void backward_blocks(BackwardJob &job, const Task &task, Real *d_bias) {
             Map one = m;
             for (int64_t i = 0; i < maps.n; i++) {
                 const Map next = map_of(p, maps.has_next(i) ? n + i + 1 : n);
-                backward_map<T>(p, one, maps.has_next(i) ? &next : nullptr, b, task, f, job.plan.shares_keys(), d_bias);
+                backward_map<T>(p, one, maps.has_next(i) ? &next : nullptr, b, task, f,
+                                stored_keys(job.plan, one, task.cut), d_bias);
                 one = next;
             }
             if (d_bias && f.bias.expanded) fold_bias(f.bias, heads, f.columns, f.tiles.n, d_bias);
@@ -114,7 +125,7 @@ static bool backward_as(const Problem &p, const Threads &threads) {
     }
     if (!job.failed) {
         const int64_t planes = p.batch * p.axis[0].length;
-        if (job.plan.shares_keys()) run_tasks(threads, planes, clear_plane<T>, &job);
+        if (job.plan.several_blocks) run_tasks(threads, planes, clear_plane<T>, &job);
         if (job.plan.cuts > 1) {
             for (job.parity = 0; job.parity < 2; job.parity++) run_tasks(threads, tasks, backward_task<T>, &job);
         } else {

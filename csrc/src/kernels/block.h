@@ -104,7 +104,6 @@ struct Plan {
     int y_block, x_block; // places of a block; y_block cuts 3D maps only
     int64_t tasks() const { return map_chunks * head_groups * cuts; }
     int head_groups_of(const Problem &p) const { return (p.kv_heads + heads_per_task - 1) / heads_per_task; }
-    bool shares_keys() const { return cuts > 1 || several_blocks; }
     bool several_blocks; // a task's map has more than one block
 };
 
@@ -184,7 +183,7 @@ static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int 
 }
 
 // What cuts and tasks are worth: the keys that two cuts pack, a task's tables, other threads' waiting. In products.
-constexpr int64_t enough_tasks = 16, most_tasks = 256, least_work_of_cut = 1 << 21, least_work_of_task = 1 << 22;
+constexpr int64_t enough_tasks = 16, most_tasks = 256, least_work_of_task = 1 << 22;
 constexpr int64_t most_sums = 4 << 20; // bytes for gradients of the bias, from which on there are enough_tasks only
 constexpr int few_half_windows = 3, many_half_windows = 12; // of a cut, at least: up to enough_tasks, and for more
 
@@ -275,7 +274,7 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
         tasks *= 2;
     const auto cut = [&](int64_t tasks, int half_windows) {
         int64_t wanted = (tasks + have - 1) / have;
-        if (wanted > work / least_work_of_cut) wanted = work / least_work_of_cut;
+        if (wanted > work / p.least_work_of_cut) wanted = work / p.least_work_of_cut;
         for (int a = 0; a < 3 && plan.cuts < wanted; a++) { // the first axis that is long enough, or the longest
             const int64_t possible = possible_cuts(m, a, half_windows);
             if (possible > plan.cuts) plan.cut_axis = a, plan.cuts = int(possible < wanted ? possible : wanted);

@@ -94,20 +94,25 @@ NBHD_INLINE void pack_for_scores(const T *src, const int64_t *token, int channel
 }
 
 // Packed rows back to tensor tokens: dst = factor * src, or dst + factor * src.
-template <class T>
-static void unpack_rows(const Real *src, int n, int channels, T *dst, int64_t stride, Real factor, bool add) {
-    const int whole = channels / lanes * lanes, width = round_up(channels);
+template <bool add, class T>
+NBHD_INLINE void unpack_rows_as(const Real *src, int n, int channels, T *dst, int64_t stride, Real factor) {
+    const int whole = channels / lanes * lanes, width = round_up(channels), rest = channels - whole;
     const Vec f = splat(factor);
     for (int t = 0; t < n; t++, src += width, dst += stride) {
         for (int c = 0; c < whole; c += lanes) {
             const Vec v = load(src + c) * f;
             store(dst + c, add ? v + load(dst + c) : v);
         }
-        if (const int rest = channels - whole) {
+        if (rest) {
             const Vec v = load(src + whole) * f;
             store_part(dst + whole, add ? v + load_part(dst + whole, rest) : v, rest);
         }
     }
+}
+template <class T>
+static void unpack_rows(const Real *src, int n, int channels, T *dst, int64_t stride, Real factor, bool add) {
+    if (add) unpack_rows_as<true>(src, n, channels, dst, stride, factor);
+    else unpack_rows_as<false>(src, n, channels, dst, stride, factor);
 }
 
 // Adds a packed token to another one.
