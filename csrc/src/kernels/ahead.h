@@ -3,7 +3,7 @@
 // two dozen lines under way at a time: a Zen 4 waited for a fifth of its forward where it was asked for 26 at a time.
 //
 // There are as many lines as groups of products, so asking must be cheap: line by line, from a counter for each, it was a fifth of a
-// Zen 5's forward with window 3, and more than half of that was not the asking.
+// Zen 5's forward with window 3, nearly all of it the counting.
 //
 // In the forward with vectors of 64 bytes only on AMD's processors, for more than 4 MB of tensors. An Intel server took 2 to 14 % longer
 // in the forward, asked for many lines at a time (the backward neither gained nor lost); a few at a time it has not been measured.

@@ -320,7 +320,7 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
     const Real key_factor = Real(1) / score_unit(p); // queries were packed times the unit
     const auto flush = [&](int kz, int ky, int slot) {
         if ((ring.shape.planes ? kz : ky) >= ring.packed) clear_gradients(slot, whole_row); // nobody sees that row
-        const Places store = stored.of_row(b.row, kz, ky);
+        const Places written = stored.of_row(b.row, kz, ky);
         const int first = b.row.copies_left(), last = ring.width - b.row.copies_right();
         const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<T> &to, Real factor) {
             const int64_t wide = round_up(channels);
@@ -340,8 +340,8 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                     for (int h = 0; h < kv_heads; h++) unpack(from, n, h, add);
                 }
             };
-            unpack_all(first, store.from, true), unpack_all(store.from, store.to, false);
-            unpack_all(store.to, last, true);
+            unpack_all(first, written.from, true), unpack_all(written.from, written.to, false);
+            unpack_all(written.to, last, true);
         };
         if (has_keys) leave(f.d_keys + slot * ring.natural_row(p.dim), f.key_head, p.dim, v.d_key, key_factor);
         if (has_values) leave(f.d_values + slot * ring.natural_row(p.dim_v), f.value_head, p.dim_v, v.d_value, Real(1));

@@ -164,7 +164,7 @@ static void clear_rest(const PackedKeys &k) {
         for (int64_t row = 0; row < rows; row++) store(k.data + row * k.pitch + i, Vec{});
 }
 
-// Places of a packed row: `from` begins a vector, and `to` ends one or the row.
+// Places of a packed row. Of those to pack, `from` begins a vector and `to` ends one or the row.
 struct Places {
     int from, to;
 };

@@ -190,14 +190,15 @@ class PreparedCall:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Gradients of query, key, value and bias. ``out`` is not read."""
         d_out = _rows(d_out if d_out.dtype == query.dtype else d_out.to(query.dtype))
-        gradients = [
-            torch.empty_like(t) if dense else t.new_empty(t.shape)
-            for t, dense in zip((query, key, value), self._dense, strict=True)
-        ]
+        query_is_dense, key_is_dense, value_is_dense = self._dense
+        d_query = torch.empty_like(query) if query_is_dense else query.new_empty(query.shape)
+        d_key = torch.empty_like(key) if key_is_dense else key.new_empty(key.shape)
+        d_value = torch.empty_like(value) if value_is_dense else value.new_empty(value.shape)
         real = self._lse[1]
         lse, d_lse, bias = lse.contiguous(), _dense(d_lse, real), _dense(rel_pos_bias, real)
         d_bias = None if bias is None else torch.empty_like(bias)
         of_query, of_key, of_value = self._strides
+        of_d_query, of_d_key, of_d_value = self._gradient_strides
         library = self._library
         status = library.backward(
             self._header
@@ -207,9 +208,7 @@ class PreparedCall:
             )
             + _TENSORS.pack(
                 d_out.data_ptr(), *_strides(d_out),
-                gradients[0].data_ptr(), *self._gradient_strides[0],
-                gradients[1].data_ptr(), *self._gradient_strides[1],
-                gradients[2].data_ptr(), *self._gradient_strides[2],
+                d_query.data_ptr(), *of_d_query, d_key.data_ptr(), *of_d_key, d_value.data_ptr(), *of_d_value,
                 0 if d_lse is None else d_lse.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(),
             )
             + _THREADS.pack(library.parallel_for, torch.get_num_threads())
@@ -219,7 +218,7 @@ class PreparedCall:
             _refused(library, status)
         if d_bias is not None and rel_pos_bias is not None:
             d_bias = d_bias.to(rel_pos_bias.dtype)
-        return gradients[0], gradients[1], gradients[2], d_bias
+        return d_query, d_key, d_value, d_bias
 
 
 _prepared = functools.lru_cache(maxsize=256)(PreparedCall)
