@@ -54,7 +54,8 @@ struct Ahead {
     void finish() { due = 1 << 30, ask(); }
 
   private:
-    // Inside of loops that hold sums in all vector registers, which a call would have to save.
+    // Inside of loops that hold sums in all vector registers, which a call would have to save. Nor are the requests a function of their
+    // own: GCC may drop calls of one that does nothing else.
     NBHD_INLINE_MEMBER void ask() {
         for (; due > 0 && at < rows; due -= few_lines) {
             Row &r = row[at];
@@ -63,10 +64,10 @@ struct Ahead {
             if (a >= r.last) a = r.last, at++;
             const uintptr_t pair = r.pair, other = r.other;
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++, a += pair) fetch(a), fetch(a + other);
+            for (int i = 0; i < 4; i++, a += pair)
+                __builtin_prefetch((const char *)a, 0, 2), __builtin_prefetch((const char *)(a + other), 0, 2);
         }
     }
-    static void fetch(uintptr_t address) { __builtin_prefetch((const char *)address, 0, 2); }
 };
 
 } // namespace nbhd::NBHD_ISA
