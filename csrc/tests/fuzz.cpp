@@ -1,6 +1,7 @@
 // Random geometries, dtypes, layouts and thread counts against plain loops in double.
 //
-//   fuzz [cases = 10000] [seed = 1] [most images = 2] [long: one axis of every map is]      exit 77: NBHD_CPU_ISA names a set this machine does not have
+//   fuzz [cases = 10000] [seed = 1] [most images = 2] [long: one axis of every map is]
+//   exit 77: NBHD_CPU_ISA names a set this machine does not have
 #include <array>
 #include <cstdio>
 #include <cstdlib>

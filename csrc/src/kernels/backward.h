@@ -266,7 +266,7 @@ struct StoredKeys {
 
     // Places of row (z, y) that hold them, copies left out.
     Places of_row(const PackedRow &row, int z, int y) const {
-        const int u = axis == 0 ? z : y, first = row.copies_left(), last = row.width - row.copies_right();
+        const int u = axis == 0 ? z : y, first = row.copies_left(), last = row.own_end();
         if (axis < 2) return {first, u >= begin && u < end ? last : first};
         const auto inside = [](int place, int low, int high) {
             return place < low ? low : place > high ? high : place;
@@ -321,7 +321,6 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
     const auto flush = [&](int kz, int ky, int slot) {
         if ((ring.shape.planes ? kz : ky) >= ring.packed) clear_gradients(slot, whole_row); // nobody sees that row
         const Places written = stored.of_row(b.row, kz, ky);
-        const int first = b.row.copies_left(), last = ring.width - b.row.copies_right();
         const auto leave = [&](Real *rows, int64_t head_step, int channels, const View<T> &to, Real factor) {
             const int64_t wide = round_up(channels);
             const auto unpack = [&](int place, int n, int h, bool add) {
@@ -334,14 +333,11 @@ static void backward_map(const Problem &p, const Map &m, const Map *next_map, co
                     else add_row(rows + h * head_step + place * wide, rows + h * head_step + own * wide, channels);
                 }
             });
-            const auto unpack_all = [&](int from, int end, bool add) { // a token's heads lie side by side
-                for (int n; from < end; from += n) {
-                    n = from + 8 < end ? 8 : end - from;
-                    for (int h = 0; h < kv_heads; h++) unpack(from, n, h, add);
-                }
+            const auto unpack_all = [&](Places places, bool add) {
+                for_each_eight(places, kv_heads, [&](int place, int n, int h) { unpack(place, n, h, add); });
             };
-            unpack_all(first, written.from, true), unpack_all(written.from, written.to, false);
-            unpack_all(written.to, last, true);
+            unpack_all(Places{b.row.copies_left(), written.from}, true), unpack_all(written, false);
+            unpack_all(Places{written.to, b.row.own_end()}, true);
         };
         if (has_keys) leave(f.d_keys + slot * ring.natural_row(p.dim), f.key_head, p.dim, v.d_key, key_factor);
         if (has_values) leave(f.d_values + slot * ring.natural_row(p.dim_v), f.value_head, p.dim_v, v.d_value, Real(1));

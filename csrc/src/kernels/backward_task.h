@@ -19,8 +19,8 @@ static bool alternate_blocks_are_apart(const Problem &p, const Plan &plan) {
     for (int g = 0; g < axis.dilation; g++) {
         const GroupAxis a = group_axis(axis, g);
         for (int64_t i = 0; i + 2 < plan.cuts; i++) {
-            const int64_t end = a.length * (i + 1) / plan.cuts, next = a.length * (i + 2) / plan.cuts;
-            if (end < 1 || a.end(int(end) - 1) > a.first[next]) return false;
+            const int end = plan.cut_begin(a.length, i + 1), next = plan.cut_begin(a.length, i + 2);
+            if (end < 1 || a.end(end - 1) > a.first[next]) return false;
         }
     }
     return true;
@@ -32,8 +32,8 @@ static StoredKeys stored_keys(const Plan &plan, const Map &m, int cut) {
     const GroupAxis &a = m.axis[plan.cut_axis];
     if (plan.several_blocks) return {plan.cut_axis, 0, 0};
     if (cut % 2 == 0) return {plan.cut_axis, 0, a.length};
-    const int64_t n = a.length, begin = n * cut / plan.cuts, end = n * (cut + 1) / plan.cuts;
-    return {plan.cut_axis, begin > 0 ? a.end(int(begin) - 1) : 0, end < n ? a.first[end] : int(n)};
+    const int begin = plan.cut_begin(a.length, cut), end = plan.cut_begin(a.length, cut + 1);
+    return {plan.cut_axis, begin > 0 ? a.end(begin - 1) : 0, end < a.length ? a.first[end] : a.length};
 }
 
 template <class T>

@@ -103,6 +103,7 @@ struct Plan {
     int cut_axis, cuts;   // cuts along one axis, each a task
     int y_block, x_block; // places of a block; y_block cuts 3D maps only
     int64_t tasks() const { return map_chunks * head_groups * cuts; }
+    int cut_begin(int64_t length, int64_t cut) const { return int(length * cut / cuts); } // the first place of a cut
     int head_groups_of(const Problem &p) const { return (p.kv_heads + heads_per_task - 1) / heads_per_task; }
     bool several_blocks; // a task's map has more than one block
 };
@@ -290,8 +291,8 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
 template <class Visit>
 static void for_each_block(const Plan &plan, const Map &m, int cut, Visit visit) {
     int from[3] = {0, 0, 0}, to[3] = {m.axis[0].length, m.axis[1].length, m.axis[2].length};
-    const int64_t n = m.axis[plan.cut_axis].length;
-    from[plan.cut_axis] = int(n * cut / plan.cuts), to[plan.cut_axis] = int(n * (cut + 1) / plan.cuts);
+    const int n = m.axis[plan.cut_axis].length;
+    from[plan.cut_axis] = plan.cut_begin(n, cut), to[plan.cut_axis] = plan.cut_begin(n, cut + 1);
     if (from[plan.cut_axis] >= to[plan.cut_axis]) return;
     int begin[3] = {from[0], from[1], from[2]}, end[3] = {to[0], to[1], to[2]};
     for (int y = from[1]; y < to[1]; y += plan.y_block)

@@ -42,6 +42,7 @@ struct PackedRow {
     int length, kernel;
     int copies_left() const { return begin < 0 ? -begin : 0; }
     int copies_right() const { return begin + width > length ? begin + width - length : 0; }
+    int own_end() const { return width - copies_right(); }
     int key(int place) const {
         const int k = begin + place;
         return k < 0 ? k + kernel : k >= length ? k - kernel : k;

@@ -190,19 +190,29 @@ static void pack_keys(const PackedKeys &k, const PackedRow &row, Places places, 
     else pack_keys_of<T, 1>(k, row, places, v, z, y, head, slot);
 }
 
+// Calls visit(place, n, head) for up to eight neighbours at a time and every head: a token's heads lie side by side.
+template <class Visit>
+static void for_each_eight(Places places, int heads, Visit visit) {
+    for (int from = places.from, n; from < places.to; from += n) {
+        n = from + 8 < places.to ? 8 : places.to - from;
+        for (int h = 0; h < heads; h++) visit(from, n, h);
+    }
+}
+
 // The same key by key, each with the channels as they lie in memory; head h of the task at rows + h * head_step.
 template <class T>
 static void pack_values(Real *rows, int64_t head_step, int channels, const PackedRow &row, Places places,
                         const View<const T> &v, int z, int y, int head, int head_end) {
     const int64_t width = round_up(channels);
-    const int ends[3] = {row.copies_left(), row.width - row.copies_right(), row.width};
-    for (int part = 0, from = places.from; part < 3; part++)
-        for (int to, end = ends[part] < places.to ? ends[part] : places.to; from < end; from = to) {
-            to = from + 8 < end ? from + 8 : end;
-            for (int h = head; h < head_end; h++)
-                pack_rows(v.at(z, y, row.key(from), h), v.x, to - from, channels,
-                          rows + (h - head) * head_step + from * width, Real(1));
-        }
+    const int ends[3] = {row.copies_left(), row.own_end(), row.width};
+    for (int part = 0, from = places.from; part < 3; part++) {
+        const int end = ends[part] < places.to ? ends[part] : places.to;
+        for_each_eight(Places{from, end}, head_end - head, [&](int place, int n, int h) {
+            pack_rows(v.at(z, y, row.key(place), head + h), v.x, n, channels, rows + h * head_step + place * width,
+                      Real(1));
+        });
+        if (from < end) from = end;
+    }
 }
 
 // Calls visit(place, its key's own place) for the copies of a packed row. A narrow block may not hold the key itself: such a place
@@ -210,7 +220,7 @@ static void pack_values(Real *rows, int64_t head_step, int channels, const Packe
 template <class Visit>
 static void for_each_copy(const PackedRow &row, Visit visit) {
     for (int i = 0; i < row.copies_left(); i++) visit(i, i + row.kernel);
-    for (int i = row.width - row.copies_right(); i < row.width; i++) visit(i, i - row.kernel);
+    for (int i = row.own_end(); i < row.width; i++) visit(i, i - row.kernel);
 }
 
 } // namespace nbhd::NBHD_ISA
