@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
@@ -22,8 +21,8 @@ from benchmarks.peers import PEERS, TITLES, swin
 from benchmarks.peers.inputs import tensors
 from benchmarks.sampling import Pace, interleave, spread_out
 from benchmarks.subject import NotHere, Subject
-from typer.testing import CliRunner
 
+from tests.commands import run
 from tests.truth import keys_of
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +37,7 @@ def _threads():
 
 def bench(*args: object):
     """``python -m benchmarks ARGS`` in this process."""
-    apart = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
-    return CliRunner(**apart).invoke(app, [str(arg) for arg in args])
+    return run(app, *args)
 
 
 # ---- the registry
@@ -421,7 +419,7 @@ def test_peers_are_chosen_by_name():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_linear_layers(threads: int) -> None:
-    done = CliRunner().invoke(linear.app, ["--batch", "1", "--rounds", "3", "--threads", str(threads)])
+    done = run(linear.app, "--batch", 1, "--rounds", 3, "--threads", threads)
     assert done.exit_code == 0, done.output
     rows = [line for line in done.output.splitlines() if "->" in line]
     assert len(rows) == 12 and all(re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\) +\d+\.\d\d \(", row) for row in rows)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 pytest.importorskip("accelerate", reason="the train extra is not installed")
 
-from nbhd.cli import app
 from nbhd.tasks.recipes import load_recipe, recipe_names
+from tests import commands
 from tests.tasks.test_datasets import IMAGENETTE48, write_folder, write_parquet
 from tests.tiny import LABELS, write_classifier
 
@@ -32,7 +31,7 @@ def nbhd() -> Iterator[Run]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    yield lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
+    yield commands.nbhd
     logging.set_verbosity(level)
     logging.enable_progress_bar()
 
