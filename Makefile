@@ -70,9 +70,10 @@ gpu-check:
 gpu-tune:
 	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu_tune --write $(ARGS)
 
-# The machine code of the GPU kernels, for real targets without a GPU: docs/gpu.md has the table.
+# The machine code of the GPU kernels, for real targets without a GPU, and what it allows: docs/gpu.md has the tables.
 gpu-code: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu_compile --write
+	$(BIN)/python -m benchmarks.gpu_bounds --write
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

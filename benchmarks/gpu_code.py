@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks import gpu_bounds
 from benchmarks.cases import Case
 from nbhd.backends.triton import attention, configurations, unfused
 from nbhd.backends.triton.boxes import Tile
@@ -38,12 +39,24 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Code(NamedTuple):
-    """``registers`` and ``spilled`` (bytes) of a thread, ``shared`` bytes of a program, matrix instructions by kind."""
+    """``registers`` and ``spilled`` (bytes) of a thread, ``shared`` bytes of a program, matrix instructions by kind.
+
+    ``cycles``: bounds of :mod:`benchmarks.gpu_bounds`, on NVIDIA.
+    """
 
     registers: int
     spilled: int
     shared: int
     matrix: dict[str, int]
+    cycles: dict[str, int]
+
+
+def disassembled(code: Any) -> str:
+    """A kernel for NVIDIA as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(code.asm["cubin"])
+        return subprocess.run([_BIN / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
@@ -64,16 +77,16 @@ def specialization(launch: Launch, target: GPUTarget) -> str:
     return repr(bind(*launch.arguments, **launch.constants, **launch.options)[1])
 
 
-def read(code: Any) -> Code:
-    """Count what is in a compiled kernel."""
-    return _cuda(code) if "cubin" in code.asm else _amd(code)
+def read(code: Any, pairs: int) -> Code:
+    """Count what is in a compiled kernel that visits ``pairs`` in a turn of its inner loop."""
+    return _cuda(code, pairs) if "cubin" in code.asm else _amd(code)
 
 
-def _cuda(code: Any) -> Code:
+def _cuda(code: Any, pairs: int) -> Code:
+    text = disassembled(code)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(code.asm["cubin"])
-        text = subprocess.run([_BIN / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([_BIN / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
     found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text, re.MULTILINE)
@@ -82,7 +95,10 @@ def _cuda(code: Any) -> Code:
     matrix = {name: counts[name] for name in ("HGMMA", "HMMA", "FFMA") if counts[name] and (name != "FFMA")}
     if not matrix:
         matrix = {"FFMA": counts["FFMA"]}
-    return Code(registers, max(spilled, stack), int(code.metadata.shared), matrix)
+    shared = int(code.metadata.shared)
+    found_bounds = gpu_bounds.bounds(text, pairs, code.metadata.num_warps, registers, shared)
+    cycles = {name: round(each) for name, each in found_bounds._asdict().items()}
+    return Code(registers, max(spilled, stack), shared, matrix, cycles)
 
 
 def _amd(code: Any) -> Code:
@@ -105,7 +121,7 @@ def _amd(code: Any) -> Code:
     )
     spilled = 4 * (number("vgpr_spill_count") + kinds["scratch"])
     # vector registers alone: a thread has 512 with the accumulators
-    return Code(number("vgpr_count"), spilled, int(code.metadata.shared), matrix)
+    return Code(number("vgpr_count"), spilled, int(code.metadata.shared), matrix, {})
 
 
 def plans(case: Case, target: Target) -> Iterator[tuple[str, Map, Any]]:

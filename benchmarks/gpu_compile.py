@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_compile --only 'forward*'  some rows (globs over id or kernel)
     python -m benchmarks.gpu_compile --write            keep the results (with --only, of those rows):
                                                         benchmarks/results/gpu-code.json, the table in docs/gpu.md,
-                                                        shared memory in the table of configurations
+                                                        shared memory and costs in the table of configurations
     python -m benchmarks.gpu_compile --output FILE      keep the results there and nowhere else
 
 Needs Triton, on Linux. About half an hour the first time on one core; Triton keeps what it compiled.
@@ -35,7 +35,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- gpu-code -->", "<!-- /gpu-code -->"
 
 #: The window each kernel is compiled with: registers hardly depend on it.
-WINDOWS = {"forward_once": (7, 7), "query_once": (7, 7)}
+WINDOWS = {"forward_once": (7, 7), "query_once": (7, 7), "key_once": (7, 7)}
 OTHER_WINDOW = (13, 13)
 LARGE_WINDOW = (33, 33)  # rows of 128 queries
 
@@ -55,7 +55,7 @@ class Line:
 
     @property
     def case(self) -> Case:
-        large = self.row.queries * self.row.keys >= 128 * 64 and self.row.count == 1
+        large = self.row.queries * self.row.keys >= 128 * 64
         window = WINDOWS.get(self.row.kernel, LARGE_WINDOW if large else OTHER_WINDOW)
         return Case(
             self.row.id, spatial=tuple(2 * k + 2 for k in window), heads=2, head_dim=self.row.dim, kernel_size=window,
@@ -66,8 +66,8 @@ class Line:
 #: Kinds of launches that run each kernel.
 KINDS = {
     "forward_once": ("forward",), "forward_loop": ("forward",), "query_once": ("query",),
-    "query_loop": ("query", "table"), "key_loop": ("key",), "pairs": ("pairs",), "gather": ("gather", "gather-table"),
-    "scatter": ("scatter",),
+    "query_loop": ("query", "table"), "key_once": ("key",), "key_loop": ("key",),
+    "pairs": ("pairs",), "gather": ("gather", "gather-table"), "scatter": ("scatter",),
 }  # fmt: skip
 #: Kinds for which a bias changes nothing, and those that are there for its sake.
 WITHOUT_BIAS = ("gather", "scatter")
@@ -89,12 +89,12 @@ def lines() -> Iterator[Line]:
                     yield Line(row, kind, has_bias, precision)
 
 
-def compile_line(line: Line, target: str) -> Any:
-    """The ``gpu_code.Code`` of a line for a target, or None where the row is not for it."""
+def compile_line(line: Line, target: str, *, anyway: bool = False) -> Any:
+    """The ``gpu_code.Code`` of a line for a target, or None where the row is not for it, but for ``anyway``."""
     from benchmarks import gpu_code
 
     gpu, limits = gpu_code.TARGETS[target]
-    if not configurations.runs_on(line.row, limits.vendor):
+    if not anyway and not configurations.runs_on(line.row, limits.vendor):
         return None
     if line.precision == "tf32" and not limits.is_nvidia:
         return None
@@ -103,14 +103,17 @@ def compile_line(line: Line, target: str) -> Any:
         if kind == line.kind:
             tile = gpu_code.tile_of(kind, call, line.row, line.has_bias)
             assert tile is not None, line.name
-            return gpu_code.read(gpu_code.compiled(gpu_code.main_launch(launches(line.row, tile)), gpu))
+            code = gpu_code.compiled(gpu_code.main_launch(launches(line.row, tile)), gpu)
+            return gpu_code.read(code, line.row.queries * line.row.keys)
     raise LookupError(line.name)
 
 
 #: Most bytes that a thread of a row may spill. The float32 backward with more than 128 channels holds all of them in
-#: registers. ``fo16-32`` keeps a bias in registers for all images: its loop reads what was spilled and stores nothing.
-#: ``qo16-32-one`` spills beside its loop.
-MAY_SPILL = {"ql32-256": 600, "kl32-256": 100, "fo16-32": 200, "qo16-32-one": 120}
+#: registers. The others spill outside their inner loops, which read five values back each turn at most and store none.
+MAY_SPILL = {
+    "ql32-256": 600, "kl32-256": 100, "ko16-32-two": 200, "kl16-128": 140, "kl16-64-hopper": 40, "kl16-128-amd": 40,
+    "fl16-256": 60, "ko32-32": 100,
+}  # fmt: skip
 #: The same of any other row with another Triton than the table's: a few registers.
 A_FEW = 16
 
@@ -156,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = _merged(path, triton.__version__, {name: codes for name, codes in found.items() if codes})
         write_json(path, {"triton": triton.__version__, "columns": list(gpu_code.Code._fields), "lines": found})
         if not is_other:
-            _write_shared(found)
+            _write_configurations(found)
             _write_page(triton.__version__, found)
     return 1 if bad else 0
 
@@ -171,9 +174,11 @@ def _merged(path: Path, version: str, found: dict[str, dict[str, Any]]) -> dict[
     return {line.name: both[line.name] for line in lines() if line.name in both}
 
 
-def _write_shared(found: dict[str, dict[str, Any]]) -> None:
+def _write_configurations(found: dict[str, dict[str, Any]]) -> None:
     document = json.loads(configurations.PATH.read_text(encoding="utf-8"))
+    costs = {row.id: _costs(row, found) for row in configurations.rows()}
     for row in document["rows"]:
+        row["cost"] = costs[row["id"]]
         shared: dict[str, int] = {}
         for name, codes in found.items():
             if name.split()[0] == row["id"]:
@@ -185,9 +190,22 @@ def _write_shared(found: dict[str, dict[str, Any]]) -> None:
         file.write(configurations.as_text(document))
 
 
+def _costs(row: Row, found: dict[str, dict[str, Any]]) -> list[int]:
+    """Without and with a bias. A row that is not for NVIDIA costs what it would on compute capability 8.0."""
+    costs: dict[bool, int] = {}
+    for line in lines():
+        if line.row.id == row.id and line.kind == KINDS[row.kernel][0] and line.precision == "ieee":
+            codes = found.get(line.name, {})
+            code = codes.get("sm_90") or codes.get("sm_80") or compile_line(line, "sm_80", anyway=True)._asdict()
+            costs[line.has_bias] = max(code["cycles"].values())
+    return [costs.get(has_bias, costs.get(not has_bias, 0)) for has_bias in (False, True)]
+
+
 def _cell(code: dict[str, Any]) -> str:
     matrix = ", ".join(f"{count} {name}" for name, count in code["matrix"].items())
-    return f"{code['registers']} / {code['spilled']} / {code['shared'] / 1024:g} / {matrix}"
+    cycles = code["cycles"]
+    bound = [f"{most} {name}" for name, most in cycles.items() if most == max(cycles.values())][:1]
+    return " / ".join([str(code["registers"]), str(code["spilled"]), f"{code['shared'] / 1024:g}", matrix, *bound])
 
 
 def table(version: str, found: dict[str, dict[str, Any]]) -> str:
@@ -199,7 +217,7 @@ def table(version: str, found: dict[str, dict[str, Any]]) -> str:
     ]
     head = f"| row, launch | {' | '.join(targets)} |\n|---|{'---|' * len(targets)}"
     return "\n".join(
-        [f"Triton {version}. Registers / bytes spilled / KiB shared / matrix instructions.", "", head, *rows]
+        [f"Triton {version}. Registers / bytes spilled / KiB shared / matrix instructions / cycles.", "", head, *rows]
     )
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks import gpu_compile
+from benchmarks import gpu_bounds, gpu_compile
 
 from nbhd import backends, na2d
 from nbhd.backends import Call, triton
@@ -107,8 +107,9 @@ def test_intervals_in_the_kernels_are_those_of_the_geometry_tables():
 @pytest.mark.timeout(900)
 def test_exactly_the_boxes_that_are_needed_are_visited():
     found = dict(group("visits"))
-    dots = found.pop("dots")
-    assert dots["found"] == dots["want"]  # by the number of matrix products of the real kernels
+    for name in ("dots-loop-1", "dots-once-1", "dots-once-2"):
+        dots = found.pop(name)
+        assert dots["found"] == dots["want"], name  # by the number of matrix products of the real kernels
     assert len(found) == 12
     for name, each in found.items():
         assert each["wrong"] == 0 and each["distinct"] and each["positions"] == each["tokens"], name
@@ -140,33 +141,73 @@ def test_a_new_map_size_takes_the_same_configuration(kernel):
     assert len(chosen) == 1
 
 
-@pytest.fixture
-def with_triton(monkeypatch):
-    """``with_triton(version)``: the rows are chosen for that version of Triton."""
-
-    def choose(version):
-        monkeypatch.setattr(triton, "version", lambda: version)
-        configurations.ranked.cache_clear()
-
-    yield choose
-    configurations.ranked.cache_clear()
+def machine_code() -> dict[str, dict[str, dict]]:
+    """The committed table: by row and launch, by target."""
+    return json.loads((ROOT / "benchmarks" / "results" / "gpu-code.json").read_text(encoding="utf-8"))["lines"]
 
 
-def test_no_warps_repeat_the_work_of_others(with_triton):
-    """Before Triton 3.9, and on AMD, warps of a batched product are laid along its batch alone."""
+def test_no_warps_repeat_the_work_of_others():
+    """Each weight takes one exponential: 1000 are 62.5 cycles of a multiprocessor, twice 125; few more rescale sums."""
+    fused = {
+        row.id
+        for row in configurations.rows()
+        if row.kernel.partition("_")[0] in ("forward", "query", "key") and row.bits == 16
+    }
+    counted = 0
+    for name, targets in machine_code().items():
+        for target, code in targets.items():
+            if name.split()[0] in fused and target != "gfx942":
+                assert 60 <= code["cycles"]["exponentials"] <= 80, (name, target)
+                counted += 1
+    assert counted > 40
+
+
+def test_costs_are_the_bounds_of_the_machine_code():
+    lines = machine_code()
     for row in configurations.rows():
-        with_triton((3, 8, 1))
-        assert row.count in (1, row.warps) or not any(configurations.runs_on(row, v) for v in ("cuda", "hopper", "hip"))
-        with_triton((3, 9, 0))
-        assert row.count in (1, row.warps) or not configurations.runs_on(row, "hip")
-    # the gradient of a bias costs a walk of its own where the windows are walked, also on a map of one window
+        kind = gpu_compile.KINDS[row.kernel][0]
+        for has_bias, cost in enumerate(row.cost):
+            if row.bias in (None, bool(has_bias)) and not (has_bias and kind in gpu_compile.WITHOUT_BIAS):
+                name = " ".join([row.id, kind, *["bias"] * has_bias, *["ieee"] * (row.bits == 32)])
+                if "sm_90" in lines[name]:
+                    assert cost == max(lines[name]["sm_90"]["cycles"].values()), name
+
+
+def test_a_loop_is_counted_by_the_pipes_it_goes_through():
+    code = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64] ;
+        /*0020*/               @P0 LDSM.16.M88.4 R8, [R4] ;
+        /*0030*/              @!PT LDS RZ, [RZ] ;
+.L_x_1:
+        /*0040*/                   HMMA.16816.F32 R12, R8, R10, R12 ;
+        /*0050*/                   MUFU.EX2 R3, R3 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   STG.E.128 [R2.64], R12 ;
+        /*0080*/               @P0 BRA `(.L_x_0) ;
+        /*0090*/                   EXIT ;
+"""
+    assert len(gpu_bounds.inner_loop(code)) == 3
+    whole = code.replace("               @P1 BRA `(.L_x_1)", "                   NOP")
+    found = gpu_bounds.bounds(whole, pairs=1000, warps=4, registers=128, shared=16 << 10)
+    # eight instructions; 16 bytes for each of 32 lanes three times; four programs fit, and loads are ahead of the work
+    assert found == (8, 4 * 12, 8, 6.5, 8 * 4.5 / 4)
+    waiting = gpu_bounds.bounds(whole.replace("LDGSTS", "LDG"), 1000, 4, 128, 16 << 10).waiting
+    assert waiting == (8 * 4.5 + 700) / 4
+
+
+def test_the_page_has_the_bounds_of_today():
+    text = gpu_bounds.PAGE.read_text(encoding="utf-8")
+    assert gpu_bounds.page(text) == text
+
+
+@pytest.mark.parametrize("vendor", ["cuda", "hopper"])
+def test_nat_is_done_in_one_visit(vendor):
     for spatial in ((56, 56), (7, 7)):
-        first = configurations.ranked(problem("query", (7, 7), spatial, bias=True), "hopper", 227 << 10)[0]
-        assert first[0].kernel == "query_once"
-    nat = problem("query", (7, 7), (56, 56), bias=True)
-    for version, most in (((3, 8, 1), 1), ((3, 9, 0), 4), (None, 4)):
-        with_triton(version)
-        assert configurations.ranked(nat, "hopper", 227 << 10)[0][1].number == most
+        for kernel in ("forward", "query", "key"):
+            row, tile = configurations.ranked(problem(kernel, (7, 7), spatial, bias=True), vendor, 227 << 10)[0]
+            assert row.kernel == f"{kernel}_once" and {tile.queries, tile.keys} <= {(2, 1, 8), (8, 1, 16), (8, 1, 8)}
 
 
 @pytest.mark.parametrize(
@@ -175,9 +216,7 @@ def test_no_warps_repeat_the_work_of_others(with_triton):
 )
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("version", [(3, 6, 0), (3, 9, 0), None])
-def test_there_is_a_configuration_for_every_call(vendor, shared, bits, dim, version, with_triton):
-    with_triton(version)
+def test_there_is_a_configuration_for_every_call(vendor, shared, bits, dim):
     windows = [
         ((7, 7), (56, 56)),
         ((80, 80), (256, 256)),
@@ -211,8 +250,7 @@ def test_little_is_visited_in_vain(window, spatial, most):
     """Pairs visited by the forward over pairs needed, away from borders: arithmetic, not a time."""
     call = problem("forward", window, spatial, dim=32 if len(window) == 2 and window[0] < 80 else 128)
     row, tile = configurations.ranked(call, "hopper", 227 << 10)[0]
-    visited = configurations.estimate(row, tile, call) / row.cost
-    assert 1 <= visited <= most
+    assert 1 <= configurations.visited(row, tile, call) <= most
 
 
 def test_nothing_imports_triton():
@@ -286,10 +324,10 @@ def test_compiled_for_real_targets_as_the_table_says():
     table = json.loads((ROOT / "benchmarks" / "results" / "gpu-code.json").read_text(encoding="utf-8"))
     found = code()
     assert len(found["codes"]) == 4
+    assert set().union(*found["codes"].values()) == {"sm_80", "sm_90", "gfx942"}
     for name, targets in found["codes"].items():
-        assert targets.keys() == {"sm_80", "sm_90", "gfx942"}
         for target, each in targets.items():
-            assert each["spilled"] == 0, (name, target)
+            assert each["spilled"] <= (0 if found["triton"] == table["triton"] else gpu_compile.A_FEW), (name, target)
             assert sum(each["matrix"].values()) > 0
             if found["triton"] == table["triton"]:  # other versions give other registers
                 assert each == table["lines"][name][target], (name, target)
@@ -319,9 +357,7 @@ def test_the_oldest_triton_has_code_for_every_row_too():
     found = json.loads((ROOT / "benchmarks" / "results" / "gpu-code-triton-3.6.json").read_text(encoding="utf-8"))
     assert tuple(map(int, found["triton"].split(".")))[:2] == triton.OLDEST
     rows = {row.id: row for row in configurations.rows()}
-    assert {name.split()[0] for name in found["lines"]} == {
-        row.id for row in rows.values() if row.since <= triton.OLDEST
-    }
+    assert {name.split()[0] for name in found["lines"]} == rows.keys()
     for name, targets in found["lines"].items():
         for each in targets.values():
             assert each["spilled"] <= gpu_compile.MAY_SPILL.get(name.split()[0], gpu_compile.A_FEW), name

@@ -415,8 +415,6 @@ def owned(owner, axes, lengths, own) -> int:
 
 def dots() -> None:
     """The real kernels multiply as often as the tables say, no more: boxes visited are counted by their products."""
-    which = case((40, 3), (33, 3), heads=2, kv_heads=1, dim=16, bias=False, s=(2, 1))
-    arguments = make(which, F32)
     real, calls = interpreter.interpreter_builder.create_dot, [0]
 
     def create_dot(*args):
@@ -424,24 +422,31 @@ def dots() -> None:
         return real(*args)
 
     interpreter.interpreter_builder.create_dot = create_dot
-    axes, lengths = boxes.axes_of(which["neighborhood"], which["spatial"]), boxes.three(which["spatial"], 1)
-    (query, key, value, bias), (d_out, d_lse), neighborhood, scale = arguments
-    out, lse = backend.forward(query, key, value, bias, neighborhood, scale)
-    forward = calls[0]
-    backend.backward(d_out, d_lse, query, key, value, bias, out, lse, neighborhood, scale)
-    call = launches.Map(query, 1, 16, 16, neighborhood)
-
-    def counted(kernel, inverse):
-        row, tile = launches.rows_of(call, kernel, False)[0]
-        assert row.kernel.endswith("_loop")
-        own, walk = (tile.keys, tile.queries) if inverse else (tile.queries, tile.keys)
-        return math.prod(
-            boxes.visits(n, a, o, w, inverse=inverse) for n, a, o, w in zip(lengths, axes, own, walk, strict=True)
-        )
-
-    # two products a visit forward, three for dQ, four for dK and dV; two query heads read one key head
-    want = [2 * 2 * counted("forward", False), 2 * 3 * counted("query", False) + 2 * 4 * counted("key", True)]
-    say("dots", found=[forward, calls[0] - forward], want=want)
+    for which, form in (
+        (case((40, 3), (33, 3), heads=2, kv_heads=1, bias=False, s=(2, 1)), "loop"),
+        (case((20, 23), 7, heads=2, kv_heads=1, batch=2), "once"),  # two query heads for a key head: a walk
+        (case((23, 20), 7, heads=2, batch=2), "once"),
+    ):
+        (query, key, value, bias), (d_out, d_lse), neighborhood, scale = make(which, F32)
+        axes, lengths = boxes.axes_of(neighborhood, which["spatial"]), boxes.three(which["spatial"], 1)
+        call = launches.Map(query, key.shape[-2], 16, 16, neighborhood)
+        calls[0] = 0
+        out, lse = backend.forward(query, key, value, bias, neighborhood, scale)
+        forward = calls[0]
+        backend.backward(d_out, d_lse, query, key, value, bias, out, lse, neighborhood, scale)
+        products = []
+        # two products a visit forward, three for dQ, four for dK and dV
+        for kernel, each in (("forward", 2), ("query", 3), ("key", 4)):
+            row, tile = launches.rows_of(call, kernel, bias is not None)[0]
+            assert row.kernel == f"{kernel}_{form}"
+            is_key = kernel == "key"
+            own, walk = (tile.keys, tile.queries) if is_key else (tile.queries, tile.keys)
+            visits_ = math.prod(
+                boxes.visits(n, a, o, w, inverse=is_key) for n, a, o, w in zip(lengths, axes, own, walk, strict=True)
+            )
+            products.append(each * visits_ * which["heads"] * which["batch"])
+        say(f"dots-{form}-{key.shape[-2]}", found=[forward, calls[0] - forward], want=[products[0], sum(products[1:])])
+    interpreter.interpreter_builder.create_dot = real
 
 
 GROUPS = {

@@ -51,11 +51,9 @@ class ForwardPlan:
         constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
         constants |= channels(*self.tensors[1:])
         if row.kernel == "forward_once":
-            owned = (tile.number * tile.queries[0], *tile.queries[1:])
-            count = boxes.programs(call.lengths, call.axes, owned)
+            count = boxes.programs(call.lengths, call.axes, tile.queries)
             images = call.images(count * call.heads)
             grid = (math.ceil(call.batch / images) * call.heads, *split(count))
-            constants["NB"] = tile.number
             yield Launch(forward_kernels.forward_once, grid, [*arguments, images], constants, row, call.options(row))
         else:
             constants["FINAL"] = self.bias is not None or not self.scale > 0
@@ -128,8 +126,7 @@ class BackwardPlan:
             constants = self._loop_constants(row, tile, slabs, is_query=True, is_table=False)
             yield Launch(query_kernels.query_loop, grid, arguments, constants, row, call.options(row))
             return
-        owned = (tile.number * tile.queries[0], *tile.queries[1:])
-        count = boxes.programs(call.lengths, call.axes, owned)
+        count = boxes.programs(call.lengths, call.axes, tile.queries)
         images = call.images(count * call.heads)
         groups = math.ceil(call.batch / images)
         grid = (groups * call.heads, *split(count))
@@ -139,7 +136,7 @@ class BackwardPlan:
             shape = (grid[1] * grid[2], groups, call.heads, slabs.entries)
             tables = torch.zeros(shape, dtype=torch.float32, device=self.lse.device)
         constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
-        constants |= channels(*self.tensors[1:]) | {"NB": tile.number, "W": slabs.width}
+        constants |= channels(*self.tensors[1:]) | {"W": slabs.width}
         constants["HAS_DLSE"] = self.d_lse is not None
         arguments = [*self._query_arguments(padded, tables), images]
         yield Launch(query_kernels.query_once, grid, arguments, constants, row, call.options(row))
@@ -184,5 +181,10 @@ class BackwardPlan:
         constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
         constants |= channels(*self.tensors[1:])
         count = boxes.programs(call.lengths, call.axes, tile.keys)
-        grid = (count, *split(call.batch * call.kv_heads))
-        yield Launch(key_kernels.key_loop, grid, arguments, constants, row, call.options(row))
+        if row.kernel == "key_once":
+            images = call.images(count * call.kv_heads)
+            grid = (math.ceil(call.batch / images) * call.kv_heads, *split(count))
+            yield Launch(key_kernels.key_once, grid, [*arguments, images], constants, row, call.options(row))
+        else:
+            grid = (count, *split(call.batch * call.kv_heads))
+            yield Launch(key_kernels.key_loop, grid, arguments, constants, row, call.options(row))

@@ -28,9 +28,8 @@ class Axis(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """``number`` boxes of ``queries`` and the box of ``keys`` that each meets at a time."""
+    """A box of ``queries`` and a box of ``keys`` that meet."""
 
-    number: int
     queries: Triple
     keys: Triple
 
@@ -90,37 +89,47 @@ def _splits(n: int, axes: tuple[Axis, ...]) -> list[Triple]:
 
 
 @functools.lru_cache(maxsize=4096)
-def once(axes: tuple[Axis, Axis, Axis], queries: int, most_keys: int) -> tuple[Triple, Triple] | None:
-    """Boxes such that one box of keys holds all that a box of ``queries`` sees, the fewest keys; None: too many."""
+def once(axes: tuple[Axis, Axis, Axis], own: int, most: int) -> tuple[Triple, Triple] | None:
+    """Boxes of ``own`` queries and of the keys that they see, the fewest; None where these are more than ``most``.
+
+    Away from the ends of an axis the same boxes hold keys and the queries that see them.
+    """
     best = None
-    for tq in _splits(queries, axes):
-        tk = tuple(power_of_two(halo(axis, t)) for axis, t in zip(axes, tq, strict=True))
-        tk = (tk[0], tk[1], max(tk[2], power_of_two(math.ceil(16 / (tk[0] * tk[1])))))  # no product is narrower
+    for box in _splits(own, axes):
+        met = tuple(power_of_two(halo(axis, t)) for axis, t in zip(axes, box, strict=True))
+        met = (met[0], met[1], max(met[2], power_of_two(math.ceil(16 / (met[0] * met[1])))))  # no product is narrower
         # equal work: the longer rows in memory
-        cost = (math.prod(tk) * padding(axes, tq), -tq[2], -tq[1])
-        if math.prod(tk) <= most_keys and (best is None or cost < best[0]):
-            best = cost, tq, tk
+        cost = (math.prod(met) * padding(axes, box), -box[2], -box[1])
+        if math.prod(met) <= most and (best is None or cost < best[0]):
+            best = cost, box, met
     return None if best is None else (best[1], best[2])
 
 
 @functools.lru_cache(maxsize=4096)
-def loop(axes: tuple[Axis, Axis, Axis], queries: int, keys: int) -> tuple[Triple, Triple]:
-    """Boxes of ``queries`` and of ``keys`` for a walk: least visited work, then the longer rows in memory."""
+def loop(axes: tuple[Axis, Axis, Axis], own: int, met: int) -> tuple[Triple, Triple]:
+    """Boxes of ``own`` queries (or keys) and of the ``met`` keys (or queries) that they visit at a time.
+
+    Those with the least visited work, then those with the longer rows in memory.
+    """
     best = None
-    for tq in _splits(queries, axes):
-        for tk in _splits(keys, axes):
-            visited = [math.ceil(halo(axis, q) / k) * k for axis, q, k in zip(axes, tq, tk, strict=True)]
-            cost = (math.prod(visited) * padding(axes, tq), -tk[2] - tq[2], -tk[1] - tq[1])
+    for mine in _splits(own, axes):
+        for box in _splits(met, axes):
+            cost = (waste(axes, mine, box), -box[2] - mine[2], -box[1] - mine[1])
             if best is None or cost < best[0]:
-                best = cost, tq, tk
+                best = cost, mine, box
     assert best is not None
     return best[1], best[2]
 
 
-def waste(axes: tuple[Axis, Axis, Axis], tq: Triple, tk: Triple) -> float:
+def turns(axes: tuple[Axis, Axis, Axis], own: Triple, met: Triple) -> int:
+    """Boxes of ``met`` that a program visits which owns a box of ``own``, away from borders."""
+    return math.prod(math.ceil(halo(axis, o) / m) for axis, o, m in zip(axes, own, met, strict=True))
+
+
+def waste(axes: tuple[Axis, Axis, Axis], own: Triple, met: Triple) -> float:
     """Visited work over useful work away from borders, where every query has its full window."""
-    visited = [math.ceil(halo(axis, q) / k) * k for axis, q, k in zip(axes, tq, tk, strict=True)]
-    return math.prod(visited) * padding(axes, tq) / math.prod(axis.kernel_size for axis in axes)
+    pairs = turns(axes, own, met) * math.prod(met) * padding(axes, own)
+    return pairs / math.prod(axis.kernel_size for axis in axes)
 
 
 def programs(lengths: Triple, axes: tuple[Axis, Axis, Axis], box: Triple) -> int:

@@ -2,12 +2,12 @@
 
 ``configurations.json`` holds the rows. A row serves one kernel, dtypes of ``bits``, heads of up to ``dim`` channels,
 and with ``bias`` true or false calls with or without a relative position bias (null: both). Its boxes have ``queries``
-queries (``count`` boxes of them) and ``keys`` keys; their shape is the one that visits the least for the window at hand
-(:mod:`~nbhd.backends.triton.boxes`). ``cost`` is the time of a visited pair relative to the other rows of the same
-kernel pair: ESTIMATES from machine code until ``make gpu-tune`` has measured them. ``shared`` is the shared memory that
-the compiler asked for, in bytes, by vendor; ``vendors`` are those a row is for, where not for all, and ``since`` the
-oldest Triton. Several boxes in a program (``count``) are a batched product. Before Triton 3.9 on NVIDIA, and on AMD,
-its warps are laid along the batch alone: where there are more warps than boxes they repeat each other's work.
+queries and ``keys`` keys; their shape is the one that visits the least for the window at hand
+(:mod:`~nbhd.backends.triton.boxes`). ``cost`` is what a visited pair costs without and with a bias, next to the other
+rows of the same kernel: ESTIMATES from machine code (``benchmarks/gpu_bounds.py``) until ``make gpu-tune`` has measured
+them. ``shared`` is the shared memory that the compiler asked for, in bytes, by vendor; ``vendors`` are those a row is
+for, where not for all. ``registers`` is the most that a thread may have, where the compiler left alone takes so many
+that fewer programs run at a time.
 
 ``measured`` holds what ``make gpu-tune`` found: for a call, by its key, the row that was fastest.
 """
@@ -30,12 +30,15 @@ PATH = Path(__file__).with_name("configurations.json")
 FORMS = {
     "forward": ("forward_once", "forward_loop"),
     "query": ("query_once", "query_loop"),
-    "key": ("key_loop",),
+    "key": ("key_once", "key_loop"),
     "table": ("query_loop",),
     "pairs": ("pairs",),
     "gather": ("gather",),
     "scatter": ("scatter",),
 }
+
+#: Kernels whose programs own a box of keys and visit queries; of the others it is the other way round.
+OF_KEYS = ("key", "scatter")
 
 #: A vendor's GPUs that have rows of their own, and whose they are.
 FAMILIES = {"hopper": "cuda"}
@@ -50,15 +53,14 @@ class Row:
     bits: int
     dim: int
     bias: bool | None
-    count: int
     queries: int
     keys: int
     warps: int
     stages: int
-    cost: float
+    cost: tuple[float, float]
     shared: dict[str, int]
     vendors: tuple[str, ...] = ()
-    since: tuple[int, ...] = ()
+    registers: int | None = None
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -93,7 +95,7 @@ def _document() -> dict[str, Any]:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """The table, in the order of the file."""
-    lists = ("vendors", "since")
+    lists = ("vendors", "cost")
     return tuple(Row(**{**row, **{n: tuple(row.get(n, ())) for n in lists}}) for row in _document()["rows"])
 
 
@@ -117,39 +119,42 @@ def tile(row: Row, problem: Problem) -> Tile | None:
         return None
     if row.bias is not None and row.bias != problem.has_bias:
         return None
+    choose = boxes.once if row.kernel.endswith("_once") else boxes.loop
+    if problem.kernel in OF_KEYS:
+        found = choose(problem.axes, row.keys, row.queries)
+        return None if found is None else Tile(found[1], found[0])
+    found = choose(problem.axes, row.queries, row.keys)
+    return None if found is None else Tile(*found)
+
+
+def owned_and_met(found: Tile, problem: Problem) -> tuple[boxes.Triple, boxes.Triple]:
+    """The box that a program owns, and the boxes that it visits."""
+    return (found.keys, found.queries) if problem.kernel in OF_KEYS else (found.queries, found.keys)
+
+
+def visited(row: Row, found: Tile, problem: Problem) -> float:
+    """Pairs that a row visits over pairs that see each other, away from the ends of the axes."""
+    own, met = owned_and_met(found, problem)
     if row.kernel.endswith("_once"):
-        found = boxes.once(problem.axes, row.queries, row.keys)
-        return None if found is None else Tile(row.count, *found)
-    return Tile(1, *boxes.loop(problem.axes, row.queries, row.keys))
-
-
-def _owned(found: Tile) -> boxes.Triple:
-    return found.number * found.queries[0], found.queries[1], found.queries[2]
+        pairs = math.prod(met) * boxes.padding(problem.axes, own)
+        return pairs / math.prod(a.kernel_size for a in problem.axes)
+    return boxes.waste(problem.axes, own, met)
 
 
 def estimate(row: Row, found: Tile, problem: Problem) -> float:
     """Relative time of a row: what it visits, times what a visited pair costs it."""
-    if row.kernel.endswith("_once"):
-        visited = math.prod(found.keys) * boxes.padding(problem.axes, _owned(found))
-        return row.cost * visited / math.prod(a.kernel_size for a in problem.axes)
-    if row.kernel == "query_loop" and problem.kernel == "query" and problem.has_bias:
-        # the gradient of the bias is a launch of its own, which walks the same boxes again
-        return 2 * row.cost * boxes.waste(problem.axes, found.queries, found.keys)
-    if row.kernel == "key_loop":
-        return row.cost * boxes.waste(problem.axes, found.keys, found.queries)
-    return row.cost * boxes.waste(problem.axes, found.queries, found.keys)
-
-
-def _triton() -> tuple[int, ...] | None:
-    from nbhd.backends import triton
-
-    return triton.version()
+    # the gradient of the bias of a walk is a launch of its own, which visits the same boxes again
+    launches = 2 if row.kernel == "query_loop" and problem.kernel == "query" and problem.has_bias else 1
+    cost = launches * row.cost[problem.has_bias] * visited(row, found, problem)
+    if not row.kernel.endswith("_loop"):
+        return cost
+    # before and after a walk a program does what takes about as long as a turn; the others do it for many images
+    turns = boxes.turns(problem.axes, *owned_and_met(found, problem))
+    return cost * (1 + 1 / turns)
 
 
 def runs_on(row: Row, vendor: str) -> bool:
-    """Whether a row of the table is meant for this vendor, or for the family it belongs to, and this Triton."""
-    if vendor != "interpreter" and row.since and (_triton() or row.since) < row.since:
-        return False
+    """Whether a row of the table is meant for this vendor, or for the family it belongs to."""
     return not row.vendors or vendor == "interpreter" or vendor in row.vendors or FAMILIES.get(vendor) in row.vendors
 
 

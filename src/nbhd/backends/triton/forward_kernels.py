@@ -1,7 +1,7 @@
 """The forward kernels: output and log-sum-exp.
 
 ``forward_once``   all keys that a box of queries sees fit one box of keys (NAT's windows): nothing is rebuilt, and
-                   places, offsets, masks and the bias serve several images
+                   places, offsets, masks and the bias serve several images, whose loads overlap with the work
 ``forward_loop``   any window: a walk over boxes of keys with an online softmax
 
 Scores are in base 2: the scale and the bias hold log2(e). FINAL says that the products are scaled before the maximum
@@ -61,57 +61,53 @@ def forward_once(
     batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
     images,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    AXES: tl.constexpr, NB: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """A program does NB boxes of queries, the same ones in ``images`` images one after the other."""
+    """A program does one box of queries of one head, in ``images`` images one after the other."""
     L = (L0, L1, L2)
     d = (d0, d1, d2)
-    TP: tl.constexpr = (NB * TQ[0], TQ[1], TQ[2])
     PAD: tl.constexpr = bias_padding(AXES, TQ, TK)
-    u, g, G = locate(tl.program_id(1) + tl.program_id(2) * tl.num_programs(1), L, d, TP)
+    u, g, G = locate(tl.program_id(1) + tl.program_id(2) * tl.num_programs(1), L, d, TQ)
     if is_outside(u, G):
         return
-    if NB > 1:
-        at = (u[0] + tl.arange(0, NB) * TQ[0], u[1], u[2])
-        f = first_keys((tl.minimum(at[0], G[0] - 1), u[1], u[2]), G, AXES)
-    else:
-        at = u
-        f = first_keys(u, G, AXES)
-    y = places(at, NB, TQ)
+    f = first_keys(u, G, AXES)
+    y = places(u, TQ)
     inside = in_group(y, G)
     y = clamp(y, G)
-    p = places(f, NB, TK)
+    p = places(f, TK)
     h = tl.program_id(0) % heads
     ok = sees(p, first_keys(y, G, AXES), end_keys(y, G, AXES), pairs(TQ, TK))
     if HAS_BIAS:
         bias_ptr += h * (bias_size(AXES) + 2 * PAD) + PAD
-        index = tl.expand_dims(bias_column(p, AXES), -2) - tl.expand_dims(bias_row(y, AXES), -1)
+        index = bias_column(p, AXES)[None, :] - bias_row(y, AXES)[:, None]
         term = tl.where(ok, gather_bias(bias_ptr, index, INLINE), float("-inf"))
     else:
         term = tl.where(ok, 0.0, float("-inf"))
     qs = wide((qs0, qs1, qs2), ALIGN, WIDE)
     ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
+    head = h.to(tl.int64)
+    q_ptr += head * (qsh * ALIGN)
+    k_ptr += head // kv_group * (ksh * ALIGN)
+    v_ptr += head // kv_group * (vsh * ALIGN)
     row = tokens_of(y, g, L, d, WIDE) * heads
     size = L0.to(tl.int64) * L1 * L2 * heads
-    head = h.to(tl.int64)
-    kv_head = head // kv_group
-    for i in tl.range(0, images, num_stages=1):
-        b = (tl.program_id(0) // heads * images + i).to(tl.int64)
-        if b < batch:
-            q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, at, g, G, d, NB, TQ, D, BD)
-            k = load_box(k_ptr + kv_head * (ksh * ALIGN) + b * (ksb * ALIGN), ks, f, g, G, d, NB, TK, D, BD)
-            v = load_box(v_ptr + kv_head * (vsh * ALIGN) + b * (vsb * ALIGN), vs, f, g, G, d, NB, TK, DV, BDV)
-            s = dot_nt(q, k, PREC) * scale + term
-            m = tl.maximum(tl.max(s, -1), LOW)
-            w = tl.exp2(s - tl.expand_dims(m, -1))
-            total = tl.sum(w, -1)
-            acc = dot(w.to(v.dtype), v, PREC)
-            base = b * size + head
-            tl.store(lse_ptr + base + row, (m + tl.log2(total)) * LN2, mask=inside)
-            store_rows(o_ptr + base * DV, row * DV, acc * tl.expand_dims(1.0 / total, -1), inside, DV, BDV)
+    start = tl.program_id(0) // heads * images
+    for i in tl.range(0, tl.minimum(images, batch - start)):
+        b = (start + i).to(tl.int64)
+        q = load_box(q_ptr + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
+        k = load_box(k_ptr + b * (ksb * ALIGN), ks, f, g, G, d, TK, D, BD)
+        v = load_box(v_ptr + b * (vsb * ALIGN), vs, f, g, G, d, TK, DV, BDV)
+        s = dot_nt(q, k, PREC) * scale + term
+        m = tl.maximum(tl.max(s, 1), LOW)
+        w = tl.exp2(s - m[:, None])
+        total = tl.sum(w, 1)
+        acc = dot(w.to(v.dtype), v, PREC)
+        base = b * size + head
+        tl.store(lse_ptr + base + row, (m + tl.log2(total)) * LN2, mask=inside)
+        store_rows(o_ptr + base * DV, row * DV, acc * (1.0 / total)[:, None], inside, DV, BDV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -143,14 +139,14 @@ def forward_loop(
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
     k_ptr += (b * ksb + kv_head * ksh) * ALIGN
     v_ptr += (b * vsb + kv_head * vsh) * ALIGN
-    y = places(u, 1, TQ)
+    y = places(u, TQ)
     inside = in_group(y, G)
     y = clamp(y, G)
     first = first_keys(y, G, AXES)
     end = end_keys(y, G, AXES)
     bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
     q_bias = bias_row(y, AXES)
-    q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, 1, TQ, D, BD)
+    q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
 
     last = last_places(u, G, TQ)
     f = first_keys(u, G, AXES)  # keys that some query sees lie in [f, z) along each axis
@@ -161,9 +157,9 @@ def forward_loop(
     acc = tl.zeros([M, BDV], tl.float32)
     left = 1.0 if FINAL else scale  # what is still to be multiplied
     for _ in tl.range(count_boxes(f, z, TK)):
-        p = places(at, 1, TK)
-        k = load_box(k_ptr, ks, at, g, G, d, 1, TK, D, BD)
-        v = load_box(v_ptr, vs, at, g, G, d, 1, TK, DV, BDV)
+        p = places(at, TK)
+        k = load_box(k_ptr, ks, at, g, G, d, TK, D, BD)
+        v = load_box(v_ptr, vs, at, g, G, d, TK, DV, BDV)
         s = dot_nt(q, k, PREC)
         if FINAL:
             s = s * scale

@@ -28,7 +28,7 @@ LOG2E = 1.4426950408889634
 TABLE_BYTES = 256 << 20
 #: Programs of small boxes from which it pays to do several images in each.
 MANY_PROGRAMS = 2048
-MOST_IMAGES = 8
+MOST_IMAGES = 16
 #: Most entries of a slab of the bias gradient, all axes together.
 SLAB = 1024
 
@@ -158,7 +158,10 @@ class Map:
         if self.target.vendor == "interpreter":
             return {}
         # the default of fused multiply-adds changes between versions of Triton
-        return {"num_warps": row.warps, "num_stages": row.stages, "enable_fp_fusion": True}
+        options = {"num_warps": row.warps, "num_stages": row.stages, "enable_fp_fusion": True}
+        if row.registers is not None and self.target.is_nvidia:
+            options["maxnreg"] = row.registers
+        return options
 
     @property
     def inline(self) -> bool:

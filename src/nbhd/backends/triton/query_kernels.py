@@ -77,7 +77,7 @@ def query_once(
     batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
     images,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    AXES: tl.constexpr, NB: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
+    AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr,
     INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -86,65 +86,57 @@ def query_once(
     d = (d0, d1, d2)
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    TP: tl.constexpr = (NB * TQ[0], TQ[1], TQ[2])
     PAD: tl.constexpr = bias_padding(AXES, TQ, TK)
     box = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
-    u, g, G = locate(box, L, d, TP)
+    u, g, G = locate(box, L, d, TQ)
     if is_outside(u, G):
         return
-    if NB > 1:
-        at = (u[0] + tl.arange(0, NB) * TQ[0], u[1], u[2])
-        f = first_keys((tl.minimum(at[0], G[0] - 1), u[1], u[2]), G, AXES)
-    else:
-        at = u
-        f = first_keys(u, G, AXES)
-    y = places(at, NB, TQ)
+    f = first_keys(u, G, AXES)
+    y = places(u, TQ)
     inside = in_group(y, G)
     y = clamp(y, G)
-    p = places(f, NB, TK)
+    p = places(f, TK)
     h = tl.program_id(0) % heads
     # a repeated row sees nothing: it must not count twice
-    ok = sees(p, first_keys(y, G, AXES), end_keys(y, G, AXES), pairs(TQ, TK)) & tl.expand_dims(inside, -1)
+    ok = sees(p, first_keys(y, G, AXES), end_keys(y, G, AXES), pairs(TQ, TK)) & inside[:, None]
     if HAS_BIAS:
         bias_ptr += h * (bias_size(AXES) + 2 * PAD) + PAD
-        index = tl.expand_dims(bias_column(p, AXES), -2) - tl.expand_dims(bias_row(y, AXES), -1)
+        index = bias_column(p, AXES)[None, :] - bias_row(y, AXES)[:, None]
         term = tl.where(ok, gather_bias(bias_ptr, index, INLINE), float("-inf"))
-        if NB > 1:
-            total = tl.zeros([NB, M, N], tl.float32)
-        else:
-            total = tl.zeros([M, N], tl.float32)
+        total = tl.zeros([M, N], tl.float32)
     else:
         term = tl.where(ok, 0.0, float("-inf"))
     qs = wide((qs0, qs1, qs2), ALIGN, WIDE)
     ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
     gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
+    head = h.to(tl.int64)
+    q_ptr += head * (qsh * ALIGN)
+    k_ptr += head // kv_group * (ksh * ALIGN)
+    v_ptr += head // kv_group * (vsh * ALIGN)
+    do_ptr += head * (gsh * ALIGN)
     row = tokens_of(y, g, L, d, WIDE) * heads
     size = L0.to(tl.int64) * L1 * L2 * heads
-    head = h.to(tl.int64)
-    kv_head = head // kv_group
-    for i in tl.range(0, images, num_stages=1):
-        b = (tl.program_id(0) // heads * images + i).to(tl.int64)
-        if b < batch:
-            base = b * size + head
-            do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, at, g, G, d, NB, TQ, DV, BDV)
-            delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
-            lse = tl.load(lse_ptr + base + row) * LOG2E
-            q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, at, g, G, d, NB, TQ, D, BD)
-            k = load_box(k_ptr + kv_head * (ksh * ALIGN) + b * (ksb * ALIGN), ks, f, g, G, d, NB, TK, D, BD)
-            v = load_box(v_ptr + kv_head * (vsh * ALIGN) + b * (vsb * ALIGN), vs, f, g, G, d, NB, TK, DV, BDV)
-            w = tl.exp2(dot_nt(q, k, PREC) * scale + term - tl.expand_dims(lse, -1))
-            ds = w * (dot_nt(do, v, PREC) - tl.expand_dims(delta, -1))
-            if HAS_BIAS:
-                total += ds
-            dq = dot(ds.to(k.dtype), k, PREC)
-            store_rows(dq_ptr + base * D, row * D, dq * (scale * LN2), inside, D, BD)
+    start = tl.program_id(0) // heads * images
+    for i in tl.range(0, tl.minimum(images, batch - start)):
+        b = (start + i).to(tl.int64)
+        base = b * size + head
+        do = load_box(do_ptr + b * (gsb * ALIGN), gs, u, g, G, d, TQ, DV, BDV)
+        delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
+        lse = tl.load(lse_ptr + base + row) * LOG2E
+        q = load_box(q_ptr + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
+        k = load_box(k_ptr + b * (ksb * ALIGN), ks, f, g, G, d, TK, D, BD)
+        v = load_box(v_ptr + b * (vsb * ALIGN), vs, f, g, G, d, TK, DV, BDV)
+        w = tl.exp2(dot_nt(q, k, PREC) * scale + term - lse[:, None])
+        ds = w * (dot_nt(do, v, PREC) - delta[:, None])
+        if HAS_BIAS:
+            total += ds
+        dq = dot(ds.to(k.dtype), k, PREC)
+        store_rows(dq_ptr + base * D, row * D, dq * (scale * LN2), inside, D, BD)
     if HAS_BIAS:
         SIZE: tl.constexpr = W[0] * W[1] * W[2]
-        origin = (
-            f[0] - at[0] + (AXES[0] - 1), f[1] - at[1] + (AXES[3] - 1), f[2] - at[2] + (AXES[6] - 1)
-        )  # fmt: skip
-        table = table_sums(total, origin, NB, TQ, TK, W)
+        origin = (f[0] - u[0] + (AXES[0] - 1), f[1] - u[1] + (AXES[3] - 1), f[2] - u[2] + (AXES[6] - 1))
+        table = table_sums(total, origin, TQ, TK, W)
         number = (box * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         tl.store(table_ptr + number * SIZE + tl.arange(0, SIZE), table)
 
@@ -186,7 +178,7 @@ def query_loop(
     gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
     k_ptr += (b * ksb + kv_head * ksh) * ALIGN
     v_ptr += (b * vsb + kv_head * vsh) * ALIGN
-    y = places(u, 1, TQ)
+    y = places(u, TQ)
     inside = in_group(y, G)
     y = clamp(y, G)
     first = first_keys(y, G, AXES)
@@ -195,8 +187,8 @@ def query_loop(
     q_bias = bias_row(y, AXES)
     base = b * (L0.to(tl.int64) * L1 * L2 * heads) + head
     row = tokens_of(y, g, L, d, WIDE) * heads
-    q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, 1, TQ, D, BD)
-    do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, u, g, G, d, 1, TQ, DV, BDV)
+    q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
+    do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, u, g, G, d, TQ, DV, BDV)
     lse = tl.load(lse_ptr + base + row) * LOG2E
     if WANT_QUERY:
         delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
@@ -223,9 +215,9 @@ def query_loop(
     acc = tl.zeros([M, BD], tl.float32)
     table = tl.zeros([SIZE], tl.float32)
     for _ in tl.range(count_boxes(f, z, TK)):
-        p = places(at, 1, TK)
-        k = load_box(k_ptr, ks, at, g, G, d, 1, TK, D, BD)
-        v = load_box(v_ptr, vs, at, g, G, d, 1, TK, DV, BDV)
+        p = places(at, TK)
+        k = load_box(k_ptr, ks, at, g, G, d, TK, D, BD)
+        v = load_box(v_ptr, vs, at, g, G, d, TK, DV, BDV)
         s = dot_nt(q, k, PREC) * scale
         if HAS_BIAS:
             s += gather_bias(bias_ptr, bias_column(p, AXES)[None, :] - q_bias[:, None], INLINE)
@@ -241,7 +233,7 @@ def query_loop(
                 at[1] - u[1] + (AXES[3] - 1) - slab1,
                 at[2] - u[2] + (AXES[6] - 1) - slab2,
             )
-            table += table_sums(tl.where(inside[:, None], ds, 0.0), origin, 1, TQ, TK, W)
+            table += table_sums(tl.where(inside[:, None], ds, 0.0), origin, TQ, TK, W)
         at = next_box(at, f, z, TK)
     if WANT_QUERY:
         store_rows(dq_ptr + base * D, row * D, acc * (scale * LN2), inside, D, BD)

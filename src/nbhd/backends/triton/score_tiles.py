@@ -25,7 +25,7 @@ def operand(x):
 
 @triton.jit
 def dot(a, b, PREC: tl.constexpr):
-    """``a [.., m, c]`` times ``b [.., c, n]``, in float32."""
+    """``a [m, c]`` times ``b [c, n]``, in float32."""
     return tl.dot(operand(a), operand(b), input_precision=PREC)
 
 
@@ -36,11 +36,8 @@ def dot_add(a, b, total, PREC: tl.constexpr):
 
 @triton.jit
 def dot_nt(a, b, PREC: tl.constexpr):
-    """``a [.., m, c]`` times the transpose of ``b [.., n, c]``."""
-    if len(a.shape) == 3:
-        return dot(a, tl.permute(b, (0, 2, 1)), PREC)
-    else:
-        return dot(a, tl.trans(b), PREC)
+    """``a [m, c]`` times the transpose of ``b [n, c]``."""
+    return dot(a, tl.trans(b), PREC)
 
 
 @triton.jit
@@ -69,7 +66,7 @@ def _sees_all(p, first, end, PAIRS: tl.constexpr, KEY: tl.constexpr, QUERY: tl.c
 
 @triton.jit
 def sees(p, first, end, PAIRS: tl.constexpr):
-    """``[.., m, n]``: whether the query of a row, which sees ``first`` to ``end``, sees the key of a column.
+    """``[m, n]``: whether the query of a row, which sees ``first`` to ``end``, sees the key of a column.
 
     PAIRS: queries times keys of a tile along each axis; where it is 1 a query meets its own keys and nothing is tested.
     """
@@ -144,50 +141,36 @@ def pad_table(source, padded, SIZE: tl.constexpr, PADDING: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _axis_sums(x, first, W: tl.constexpr):
-    """``x [r, tq, tk]`` -> ``[r, W]``: entry ``w`` sums the pairs with key - query + first == w.
-
-    ``first`` is ``[r]`` or a scalar.
-    """
+    """``x [r, tq, tk]`` -> ``[r, W]``: entry ``w`` sums the pairs with key - query + first == w."""
     R: tl.constexpr = x.shape[0]
     TQ: tl.constexpr = x.shape[1]
     TK: tl.constexpr = x.shape[2]
-    if len(first.shape) == 1:
-        begin = first[:, None, None]
-    else:
-        begin = first
     if R * TQ * TK < MOST_THREADS:
         # compared, not gathered: Triton 3.6 fails on an assertion where there are fewer numbers than threads
-        w = tl.arange(0, TK)[None, None, :] - tl.arange(0, TQ)[None, :, None] + tl.zeros([R, 1, 1], tl.int32) + begin
+        w = tl.arange(0, TK)[None, None, :] - tl.arange(0, TQ)[None, :, None] + tl.zeros([R, 1, 1], tl.int32) + first
         hit = w[:, :, :, None] == tl.arange(0, W)[None, None, None, :]
         return tl.sum(tl.sum(tl.where(hit, x[:, :, :, None], 0.0), 2), 1)
     else:
-        k = tl.arange(0, W)[None, None, :] + tl.arange(0, TQ)[None, :, None] + tl.zeros([R, 1, 1], tl.int32) - begin
+        k = tl.arange(0, W)[None, None, :] + tl.arange(0, TQ)[None, :, None] + tl.zeros([R, 1, 1], tl.int32) - first
         found = tl.gather(x, tl.minimum(tl.maximum(k, 0), TK - 1), 2)
         return tl.sum(tl.where((k >= 0) & (k < TK), found, 0.0), 1)
 
 
 @triton.jit
-def table_sums(
-    ds, first, NB: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
-    """Sums of ``ds [m, n]`` (``[NB, m, n]``) over the pairs of equal relative place: ``[W2 * W1 * W0]``.
+def table_sums(ds, first, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr):
+    """Sums of ``ds [m, n]`` over the pairs of equal relative place: ``[W2 * W1 * W0]``.
 
     Entry w of an axis takes the pairs with index of key - index of query + first == w, others are dropped. One axis at
-    a time, by gathers inside the program: exact, no atomics. ``first[0]`` is ``[NB]`` where NB > 1.
+    a time, by gathers inside the program: exact, no atomics.
     """
-    x = tl.reshape(ds, (NB, TQ[0], TQ[1], TQ[2], TK[0], TK[1], TK[2]))
-    x = tl.permute(x, (0, 1, 4, 2, 5, 3, 6))
-    x = tl.reshape(x, (NB * TQ[0] * TK[0] * TQ[1] * TK[1], TQ[2], TK[2]))
+    x = tl.reshape(ds, (TQ[0], TQ[1], TQ[2], TK[0], TK[1], TK[2]))
+    x = tl.permute(x, (0, 3, 1, 4, 2, 5))
+    x = tl.reshape(x, (TQ[0] * TK[0] * TQ[1] * TK[1], TQ[2], TK[2]))
     if TQ[2] * TK[2] > 1 or W[2] > 1:
         x = _axis_sums(x, first[2], W[2])
     if TQ[1] * TK[1] > 1 or W[1] > 1:
-        x = tl.permute(tl.reshape(x, (NB * TQ[0] * TK[0], TQ[1], TK[1], W[2])), (0, 3, 1, 2))
-        x = _axis_sums(tl.reshape(x, (NB * TQ[0] * TK[0] * W[2], TQ[1], TK[1])), first[1], W[1])
-    x = tl.permute(tl.reshape(x, (NB, TQ[0], TK[0], W[2] * W[1])), (0, 3, 1, 2))
-    x = tl.reshape(x, (NB * W[2] * W[1], TQ[0], TK[0]))
-    if NB > 1:
-        each = tl.reshape(tl.broadcast_to(first[0][:, None], (NB, W[2] * W[1])), (NB * W[2] * W[1],))
-        x = tl.reshape(_axis_sums(x, each, W[0]), (NB, W[2] * W[1] * W[0]))
-        return tl.sum(x, 0)
-    else:
-        return tl.reshape(_axis_sums(x, first[0], W[0]), (W[2] * W[1] * W[0],))
+        x = tl.permute(tl.reshape(x, (TQ[0] * TK[0], TQ[1], TK[1], W[2])), (0, 3, 1, 2))
+        x = _axis_sums(tl.reshape(x, (TQ[0] * TK[0] * W[2], TQ[1], TK[1])), first[1], W[1])
+    x = tl.permute(tl.reshape(x, (TQ[0], TK[0], W[2] * W[1])), (2, 0, 1))
+    x = tl.reshape(x, (W[2] * W[1], TQ[0], TK[0]))
+    return tl.reshape(_axis_sums(x, first[0], W[0]), (W[2] * W[1] * W[0],))

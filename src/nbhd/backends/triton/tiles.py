@@ -5,9 +5,7 @@ own: place ``u`` of group ``g`` is position ``g + u * d``. Triples, one entry an
 lengths, ``d`` dilations, ``at`` the first place of a box, ``T*`` the size of a box (powers of two, at compile time).
 ``AXES`` is ``(kernel_size, stride, is_causal)`` for each axis, flat.
 
-A program may own ``NB`` boxes that lie one after the other along the first axis; then everything has ``NB`` as its
-first axis and products are batched ones. The formulas are those of :mod:`nbhd.geometry`; a test holds each of the four
-intervals to its tables.
+The formulas are those of :mod:`nbhd.geometry`; a test holds each of the four intervals to its tables.
 """
 
 from __future__ import annotations
@@ -94,17 +92,10 @@ def is_outside(at, G):
 
 
 @triton.jit
-def places(at, NB: tl.constexpr, T: tl.constexpr):
-    """Places of the elements of a box: three ``[n]``, or ``[NB, n]`` where ``at[0]`` is ``[NB]``."""
+def places(at, T: tl.constexpr):
+    """Places of the elements of a box: three ``[n]``."""
     i = tl.arange(0, T[0] * T[1] * T[2])
-    x0 = i // (T[1] * T[2])
-    x1 = (i // T[2]) % T[1]
-    x2 = i % T[2]
-    if NB > 1:
-        zero = tl.zeros([NB, 1], tl.int32)
-        return at[0][:, None] + x0[None, :], zero + (at[1] + x1)[None, :], zero + (at[2] + x2)[None, :]
-    else:
-        return at[0] + x0, at[1] + x1, at[2] + x2
+    return at[0] + i // (T[1] * T[2]), at[1] + (i // T[2]) % T[1], at[2] + i % T[2]
 
 
 @triton.jit
@@ -198,36 +189,22 @@ def wide(stride, ALIGN: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_box(
-    ptr, stride, at, g, G, d, NB: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr,
-):  # fmt: skip
-    """The rows of a box, ``[n, BD]`` or ``[NB, n, BD]``, zeros past ``D``.
+def load_box(ptr, stride, at, g, G, d, T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """The rows of a box, ``[n, BD]``, zeros past ``D``.
 
     One vector of offsets an axis, added by broadcasting: an eighth of the integer work of offsets row by row.
     """
-    o0 = tl.arange(0, T[0])
-    if NB > 1:
-        o0 = at[0][:, None] + o0[None, :]
-    else:
-        o0 = at[0] + o0
-    o0 = tl.minimum(o0, G[0] - 1) * (d[0] * stride[0]) + g[0] * stride[0]
+    o0 = tl.minimum(at[0] + tl.arange(0, T[0]), G[0] - 1) * (d[0] * stride[0]) + g[0] * stride[0]
     o1 = tl.minimum(at[1] + tl.arange(0, T[1]), G[1] - 1) * (d[1] * stride[1]) + g[1] * stride[1]
     o2 = tl.minimum(at[2] + tl.arange(0, T[2]), G[2] - 1) * (d[2] * stride[2]) + g[2] * stride[2]
     c = tl.arange(0, BD)
     o = (o2[:, None] + c[None, :])[None, :, :] + o1[:, None, None]
-    if NB > 1:
-        o = o0[:, :, None, None, None] + o[None, None, :, :, :]
-    else:
-        o = o0[:, None, None, None] + o[None, :, :, :]
+    o = o0[:, None, None, None] + o[None, :, :, :]
     if D == BD:
         x = tl.load(ptr + o)
     else:
         x = tl.load(ptr + o, mask=(o >= 0) & (c < D), other=0.0)
-    if NB > 1:
-        return tl.reshape(x, (NB, T[0] * T[1] * T[2], BD))
-    else:
-        return tl.reshape(x, (T[0] * T[1] * T[2], BD))
+    return tl.reshape(x, (T[0] * T[1] * T[2], BD))
 
 
 @triton.jit

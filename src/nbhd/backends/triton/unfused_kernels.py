@@ -81,7 +81,7 @@ def pairs(
     qs = wide((qs0, qs1, qs2), ALIGN, WIDE)
     ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
     k_ptr += (b * ksb + kv_head * ksh) * ALIGN
-    y = places(u, 1, TQ)
+    y = places(u, TQ)
     inside = in_group(y, G)
     y = clamp(y, G)
     first = first_keys(y, G, AXES)
@@ -89,13 +89,13 @@ def pairs(
     bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
     slots_ptr += (b * (L0.to(tl.int64) * L1 * L2 * heads) + head) * SLOTS
     row = tokens_of(y, g, L, d, WIDE) * heads * SLOTS
-    q = load_box(q_ptr + (b * qsb + head * qsh) * ALIGN, qs, u, g, G, d, 1, TQ, D, BD)
+    q = load_box(q_ptr + (b * qsb + head * qsh) * ALIGN, qs, u, g, G, d, TQ, D, BD)
     f = first_keys(u, G, AXES)
     z = end_keys(last_places(u, G, TQ), G, AXES)
     at = f
     for _ in tl.range(count_boxes(f, z, TK)):
-        p = places(at, 1, TK)
-        k = load_box(k_ptr, ks, at, g, G, d, 1, TK, D, BD)
+        p = places(at, TK)
+        k = load_box(k_ptr, ks, at, g, G, d, TK, D, BD)
         s = dot_nt(q, k, PREC) * scale
         if HAS_BIAS:
             # the table is in base 2
@@ -129,7 +129,7 @@ def gather(
     kv_head = head // kv_group
     ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
     k_ptr += (b * ksb + kv_head * ksh) * ALIGN
-    y = places(u, 1, TQ)
+    y = places(u, TQ)
     inside = in_group(y, G)
     y = clamp(y, G)
     first = first_keys(y, G, AXES)
@@ -154,12 +154,12 @@ def gather(
     acc = tl.zeros([M, BD], tl.float32)
     table = tl.zeros([SIZE], tl.float32)
     for _ in tl.range(count_boxes(f, z, TK)):
-        p = places(at, 1, TK)
+        p = places(at, TK)
         ok = sees(p, first, end, pairs_of(TQ, TK)) & inside[:, None]
         o = row[:, None] * SLOTS + slots_of(p, first, AXES)
         w = tl.load(slots_ptr + base * SLOTS + o, mask=ok, other=0.0)
         if WANT_ROWS:
-            k = load_box(k_ptr, ks, at, g, G, d, 1, TK, D, BD)
+            k = load_box(k_ptr, ks, at, g, G, d, TK, D, BD)
             acc = dot_add(w.to(k.dtype), k, acc, PREC)
         if WANT_TABLE:
             origin = (
@@ -167,7 +167,7 @@ def gather(
                 at[1] - u[1] + (AXES[3] - 1) - slab1,
                 at[2] - u[2] + (AXES[6] - 1) - slab2,
             )
-            table += table_sums(w.to(tl.float32), origin, 1, TQ, TK, W)
+            table += table_sums(w.to(tl.float32), origin, TQ, TK, W)
         at = next_box(at, f, z, TK)
     if WANT_ROWS:
         store_rows(out_ptr + base * D, row * D, acc * scale, inside, D, BD)
@@ -197,7 +197,7 @@ def scatter(
     kv_head = (bh % kv_heads).to(tl.int64)
     b = (bh // kv_heads).to(tl.int64)
     qs = wide((qs0, qs1, qs2), ALIGN, WIDE)
-    x = places(u, 1, TK)
+    x = places(u, TK)
     tokens = L0.to(tl.int64) * L1 * L2
     f = first_queries(u, G, AXES)
     z = end_queries(last_places(u, G, TK), G, AXES)
@@ -206,8 +206,8 @@ def scatter(
     at = f
     head = kv_head * kv_group
     for _ in tl.range(boxes * kv_group):
-        q = load_box(q_ptr + (b * qsb + head * qsh) * ALIGN, qs, at, g, G, d, 1, TQ, D, BD)
-        y = places(at, 1, TQ)
+        q = load_box(q_ptr + (b * qsb + head * qsh) * ALIGN, qs, at, g, G, d, TQ, D, BD)
+        y = places(at, TQ)
         ok = in_group(y, G)
         y = clamp(y, G)
         first = first_keys(y, G, AXES)
