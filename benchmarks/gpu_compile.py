@@ -66,7 +66,7 @@ class Line:
 #: Kinds of launches that run each kernel.
 KINDS = {
     "forward_once": ("forward",), "forward_loop": ("forward",), "query_once": ("query",),
-    "query_loop": ("query", "table"), "key_once": ("key",), "key_loop": ("key",),
+    "query_loop": ("query",), "table_loop": ("table",), "key_once": ("key",), "key_loop": ("key",),
     "pairs": ("pairs",), "gather": ("gather", "gather-table"), "scatter": ("scatter",),
 }  # fmt: skip
 #: Kinds for which a bias changes nothing, and those that are there for its sake.
@@ -82,8 +82,6 @@ def lines() -> Iterator[Line]:
                 if row.bias is not None and row.bias != has_bias:
                     continue
                 if (kind in WITHOUT_BIAS and has_bias) or (kind in FOR_THE_BIAS and not has_bias):
-                    continue
-                if kind == "table" and row.bias is False:
                     continue
                 for precision in ("ieee", "tf32") if row.bits == 32 else ("ieee",):
                     yield Line(row, kind, has_bias, precision)
@@ -112,7 +110,7 @@ def compile_line(line: Line, target: str, *, anyway: bool = False) -> Any:
 #: registers. The others spill outside their inner loops, which read five values back each turn at most and store none.
 MAY_SPILL = {
     "ql32-256": 600, "kl32-256": 100, "ko16-32-two": 200, "kl16-128": 140, "kl16-64-hopper": 40, "kl16-128-amd": 40,
-    "fl16-256": 60, "ko32-32": 100,
+    "fl16-256": 60, "ko32-32": 100, "tl16-128": 240, "tl16-256": 240, "tl32-256": 300,
 }  # fmt: skip
 #: The same of any other row with another Triton than the table's: a few registers.
 A_FEW = 16

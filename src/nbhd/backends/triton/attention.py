@@ -8,10 +8,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nbhd.backends.triton import boxes, forward_kernels, key_kernels, query_kernels
+from nbhd.backends.triton import boxes, forward_kernels, key_kernels, query_kernels, table_kernels
 from nbhd.backends.triton.boxes import Tile
 from nbhd.backends.triton.configurations import Row
-from nbhd.backends.triton.launches import LOG2E, TABLE_BYTES, Launch, Map, Slabs, channels, execute, split
+from nbhd.backends.triton.launches import (
+    LOG2E,
+    MOST_ROWS,
+    TABLE_BYTES,
+    Launch,
+    Map,
+    Slabs,
+    channels,
+    execute,
+    split,
+)
 from nbhd.geometry import Neighborhood
 
 
@@ -106,48 +116,35 @@ class BackwardPlan:
     def _strides(self) -> list[int]:
         return [x for t in (*self.tensors, self.d_out) for x in self.call.strides(t)]
 
-    def _query_arguments(self, table: Tensor, tables: Tensor) -> list[object]:
-        d_lse = self.lse if self.d_lse is None else self.d_lse
-        return [
-            *self.tensors, self.out, self.d_out, self.lse, d_lse, table, self.d_query, self.delta, tables,
-            *self._strides(), *self.call.sizes(self.scale * LOG2E),
-        ]  # fmt: skip
-
     def query_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
         call = self.call
         padded, made = call.padded_bias(self.bias, tile, self.lse)
         yield from made
-        is_once = row.kernel == "query_once"
-        slabs = Slabs(call.axes, tile, is_whole=is_once)
-        if not is_once:
-            self.tables_are_missing = self.bias is not None
-            arguments = [*self._query_arguments(padded, self.lse), 0, 0, 0, 0]
-            grid = (boxes.programs(call.lengths, call.axes, tile.queries), *split(call.batch * call.heads))
-            constants = self._loop_constants(row, tile, slabs, is_query=True, is_table=False)
-            yield Launch(query_kernels.query_loop, grid, arguments, constants, row, call.options(row))
-            return
+        d_lse = self.lse if self.d_lse is None else self.d_lse
+        given = [*self.tensors, self.out, self.d_out, self.lse, d_lse, padded, self.d_query, self.delta]
+        layout = [*self._strides(), *call.sizes(self.scale * LOG2E)]
+        constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
+        constants |= channels(*self.tensors[1:]) | {"HAS_DLSE": self.d_lse is not None}
         count = boxes.programs(call.lengths, call.axes, tile.queries)
+        if row.kernel == "query_loop":
+            self.tables_are_missing = self.bias is not None
+            grid = (count, *split(call.batch * call.heads))
+            yield Launch(query_kernels.query_loop, grid, [*given, *layout], constants, row, call.options(row))
+            return
         images = call.images(count * call.heads)
         groups = math.ceil(call.batch / images)
         grid = (groups * call.heads, *split(count))
+        slabs = Slabs(call.axes, tile, is_whole=True)
         tables = self.lse
         if self.bias is not None:
             # zeros: programs without a box leave their table as it is
             shape = (grid[1] * grid[2], groups, call.heads, slabs.entries)
             tables = torch.zeros(shape, dtype=torch.float32, device=self.lse.device)
-        constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
-        constants |= channels(*self.tensors[1:]) | {"W": slabs.width}
-        constants["HAS_DLSE"] = self.d_lse is not None
-        arguments = [*self._query_arguments(padded, tables), images]
+        constants["W"] = slabs.width
+        arguments = [*given, tables, *layout, images]
         yield Launch(query_kernels.query_once, grid, arguments, constants, row, call.options(row))
         if self.d_bias is not None:
             slabs.add(self.d_bias, tables, (0, 0, 0))
-
-    def _loop_constants(self, row: Row, tile: Tile, slabs: Slabs, is_query: bool, is_table: bool) -> dict[str, object]:
-        constants = self.call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=self.call.inline)
-        constants |= channels(*self.tensors[1:])
-        constants |= {"HAS_DLSE": self.d_lse is not None, "WANT_QUERY": is_query, "WANT_TABLE": is_table}
-        return constants | {"W": slabs.width if is_table else (1, 1, 1)}
 
     def table_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
         """The bias gradient of windows that are walked, slab by slab, some boxes at a time."""
@@ -157,18 +154,22 @@ class BackwardPlan:
         yield from made
         slabs = Slabs(call.axes, tile, is_whole=False)
         count = boxes.programs(call.lengths, call.axes, tile.queries)
-        each = call.batch * call.heads * slabs.entries * 4
-        some = max(1, min(count, TABLE_BYTES // each))
-        constants = self._loop_constants(row, tile, slabs, is_query=False, is_table=True)
-        shape = (some, call.batch, call.heads, slabs.entries)
-        tables = torch.empty(shape, dtype=torch.float32, device=self.lse.device)
+        images = call.images(count * call.heads)
+        groups = math.ceil(call.batch / images)
+        some = max(1, min(count, MOST_ROWS, TABLE_BYTES // (groups * call.heads * slabs.entries * 4)))
+        tables = torch.empty((some, groups, call.heads, slabs.entries), dtype=torch.float32, device=self.lse.device)
+        constants = call.constants(row, tile, INLINE=call.inline)
+        constants |= channels(*self.tensors[1:]) | {"W": slabs.width}
         for origin in slabs.origins():
             for begin in range(0, count, some):
-                tables.zero_()
-                arguments = [*self._query_arguments(padded, tables), begin, *origin]
-                grid = (min(some, count - begin), *split(call.batch * call.heads))
-                yield Launch(query_kernels.query_loop, grid, arguments, constants, row, call.options(row))
-                slabs.add(self.d_bias, tables, origin)
+                part = tables[: min(some, count - begin)].zero_()
+                arguments = [
+                    *self.tensors, self.d_out, self.lse, self.delta, padded, part, *self._strides(),
+                    *call.sizes(self.scale * LOG2E), images, begin, *origin,
+                ]  # fmt: skip
+                grid = (groups * call.heads, part.shape[0])
+                yield Launch(table_kernels.table_loop, grid, arguments, constants, row, call.options(row))
+                slabs.add(self.d_bias, part, origin)
 
     def key_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
         call = self.call

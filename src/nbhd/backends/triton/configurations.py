@@ -31,7 +31,7 @@ FORMS = {
     "forward": ("forward_once", "forward_loop"),
     "query": ("query_once", "query_loop"),
     "key": ("key_once", "key_loop"),
-    "table": ("query_loop",),
+    "table": ("table_loop",),
     "pairs": ("pairs",),
     "gather": ("gather",),
     "scatter": ("scatter",),
@@ -146,7 +146,7 @@ def estimate(row: Row, found: Tile, problem: Problem) -> float:
     # the gradient of the bias of a walk is a launch of its own, which visits the same boxes again
     launches = 2 if row.kernel == "query_loop" and problem.kernel == "query" and problem.has_bias else 1
     cost = launches * row.cost[problem.has_bias] * visited(row, found, problem)
-    if not row.kernel.endswith("_loop"):
+    if row.kernel == "table_loop" or not row.kernel.endswith("_loop"):
         return cost
     # before and after a walk a program does what takes about as long as a turn; the others do it for many images
     turns = boxes.turns(problem.axes, *owned_and_met(found, problem))

@@ -26,6 +26,8 @@ LOG2E = 1.4426950408889634
 
 #: Most bytes of partial tables of the bias gradient at a time.
 TABLE_BYTES = 256 << 20
+#: Programs that the second and the third axis of a grid hold.
+MOST_ROWS = 65535
 #: Programs of small boxes from which it pays to do several images in each.
 MANY_PROGRAMS = 2048
 MOST_IMAGES = 16
@@ -212,8 +214,8 @@ def _padded(dim: int) -> int:
 
 
 def split(n: int) -> tuple[int, int]:
-    """``n`` programs on two axes of a grid that hold 65,535 each; a few more than ``n`` leave at once."""
-    outer = math.ceil(n / 65535)
+    """``n`` programs on two axes of a grid that hold ``MOST_ROWS`` each; a few more than ``n`` leave at once."""
+    outer = math.ceil(n / MOST_ROWS)
     return math.ceil(n / outer), outer
 
 

@@ -1,14 +1,10 @@
-"""The backward kernels of queries: their gradient, delta and the bias gradient.
+"""The backward kernels of queries: their gradient, delta and, where a box of keys is enough, the bias gradient.
 
-    delta = rowsum(out * d_out) - d_lse       stored for the key kernels
+    delta = rowsum(out * d_out) - d_lse       stored for the kernels that follow
     dS = P * (dP - delta)                     dQ = scale * dS K
 
-The bias gradient is a sum over diagonals of dS. Each program adds up the slab of the table (``W`` entries an axis
-from ``slab``) that its boxes touch in registers and stores it as a table of its own; the host adds those up in a
-fixed order. No atomics anywhere. ``query_loop`` does it in launches of its own, a slab at a time, walking only the
-boxes that touch the slab.
-
-``query_once`` and ``query_loop`` correspond to ``forward_once`` and ``forward_loop``.
+``query_once`` and ``query_loop`` correspond to ``forward_once`` and ``forward_loop``. After ``query_loop`` the bias
+gradient is made by ``table_kernels``.
 """
 
 from __future__ import annotations
@@ -30,6 +26,7 @@ from nbhd.backends.triton.score_tiles import (
     gather_bias,
     pairs,
     sees,
+    slab_entry,
     table_sums,
 )
 from nbhd.backends.triton.tiles import (
@@ -135,39 +132,33 @@ def query_once(
         store_rows(dq_ptr + base * D, row * D, dq * (scale * LN2), inside, D, BD)
     if HAS_BIAS:
         SIZE: tl.constexpr = W[0] * W[1] * W[2]
-        origin = (f[0] - u[0] + (AXES[0] - 1), f[1] - u[1] + (AXES[3] - 1), f[2] - u[2] + (AXES[6] - 1))
-        table = table_sums(total, origin, TQ, TK, W)
+        table = table_sums(total, slab_entry(f, u, (0, 0, 0), AXES), TQ, TK, W)
         number = (box * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         tl.store(table_ptr + number * SIZE + tl.arange(0, SIZE), table)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "slab0", "slab1", "slab2"))
+@triton.jit(do_not_specialize=SIZES)
 def query_loop(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, bias_ptr,
-    dq_ptr, delta_ptr, table_ptr,
+    dq_ptr, delta_ptr,
     qsb, qs0, qs1, qs2, qsh,
     ksb, ks0, ks1, ks2, ksh,
     vsb, vs0, vs1, vs2, vsh,
     gsb, gs0, gs1, gs2, gsh,
     batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
-    first_box, slab0, slab1, slab2,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_TABLE: tl.constexpr,
+    AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr,
     INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Tables ``[boxes, batch, heads, W]``."""
+    """A program does one box of queries of one head of one image."""
     L = (L0, L1, L2)
     d = (d0, d1, d2)
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     PAD: tl.constexpr = bias_padding(AXES, TQ, TK)
-    SIZE: tl.constexpr = W[0] * W[1] * W[2]
     bh = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
-    u, g, G = locate(tl.program_id(0) + first_box, L, d, TQ)
-    if bh >= batch * heads:
-        return
-    table_ptr += (tl.program_id(0).to(tl.int64) * (batch * heads) + bh) * SIZE
-    if is_outside(u, G):
+    u, g, G = locate(tl.program_id(0), L, d, TQ)
+    if is_outside(u, G) | (bh >= batch * heads):
         return
     head = (bh % heads).to(tl.int64)
     b = (bh // heads).to(tl.int64)
@@ -190,30 +181,13 @@ def query_loop(
     q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
     do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, u, g, G, d, TQ, DV, BDV)
     lse = tl.load(lse_ptr + base + row) * LOG2E
-    if WANT_QUERY:
-        delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
-    else:
-        delta = tl.load(delta_ptr + base + row)
+    delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
 
     last = last_places(u, G, TQ)
     f = first_keys(u, G, AXES)
     z = end_keys(last, G, AXES)
-    if not WANT_QUERY:
-        # only keys whose relative place lies in the slab for some query: places of keys from low to high
-        f = (
-            tl.maximum(f[0], u[0] + (slab0 - (AXES[0] - 1))),
-            tl.maximum(f[1], u[1] + (slab1 - (AXES[3] - 1))),
-            tl.maximum(f[2], u[2] + (slab2 - (AXES[6] - 1))),
-        )
-        z = (
-            tl.minimum(z[0], last[0] + (slab0 + W[0] - (AXES[0] - 1))),
-            tl.minimum(z[1], last[1] + (slab1 + W[1] - (AXES[3] - 1))),
-            tl.minimum(z[2], last[2] + (slab2 + W[2] - (AXES[6] - 1))),
-        )
-        z = (tl.maximum(z[0], f[0]), tl.maximum(z[1], f[1]), tl.maximum(z[2], f[2]))
     at = f
     acc = tl.zeros([M, BD], tl.float32)
-    table = tl.zeros([SIZE], tl.float32)
     for _ in tl.range(count_boxes(f, z, TK)):
         p = places(at, TK)
         k = load_box(k_ptr, ks, at, g, G, d, TK, D, BD)
@@ -225,17 +199,6 @@ def query_loop(
         if not seen_whole(at, TK, u, last, G, AXES):
             s = tl.where(sees(p, first, end, pairs(TQ, TK)), s, float("-inf"))
         ds = tl.exp2(s) * (dot_nt(do, v, PREC) - delta[:, None])
-        if WANT_QUERY:
-            acc = dot_add(ds.to(k.dtype), k, acc, PREC)
-        if WANT_TABLE:
-            origin = (
-                at[0] - u[0] + (AXES[0] - 1) - slab0,
-                at[1] - u[1] + (AXES[3] - 1) - slab1,
-                at[2] - u[2] + (AXES[6] - 1) - slab2,
-            )
-            table += table_sums(tl.where(inside[:, None], ds, 0.0), origin, TQ, TK, W)
+        acc = dot_add(ds.to(k.dtype), k, acc, PREC)
         at = next_box(at, f, z, TK)
-    if WANT_QUERY:
-        store_rows(dq_ptr + base * D, row * D, acc * (scale * LN2), inside, D, BD)
-    if WANT_TABLE:
-        tl.store(table_ptr + tl.arange(0, SIZE), table)
+    store_rows(dq_ptr + base * D, row * D, acc * (scale * LN2), inside, D, BD)

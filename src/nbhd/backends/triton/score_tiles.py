@@ -140,6 +140,36 @@ def pad_table(source, padded, SIZE: tl.constexpr, PADDING: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def slab_keys(f, z, u, last, slab, AXES: tl.constexpr, W: tl.constexpr):
+    """Of the places from ``f`` to ``z`` those whose keys lie in a slab for some query from ``u`` to ``last``.
+
+    A slab has ``W`` entries an axis, from ``slab`` on. Entry ``w`` of the table is the key that lies
+    ``w - (kernel_size - 1)`` places after a query.
+    """
+    f = (
+        tl.maximum(f[0], u[0] + (slab[0] - (AXES[0] - 1))),
+        tl.maximum(f[1], u[1] + (slab[1] - (AXES[3] - 1))),
+        tl.maximum(f[2], u[2] + (slab[2] - (AXES[6] - 1))),
+    )
+    z = (
+        tl.maximum(tl.minimum(z[0], last[0] + (slab[0] + W[0] - (AXES[0] - 1))), f[0]),
+        tl.maximum(tl.minimum(z[1], last[1] + (slab[1] + W[1] - (AXES[3] - 1))), f[1]),
+        tl.maximum(tl.minimum(z[2], last[2] + (slab[2] + W[2] - (AXES[6] - 1))), f[2]),
+    )
+    return f, z
+
+
+@triton.jit
+def slab_entry(at, u, slab, AXES: tl.constexpr):
+    """The entry of a slab for the key at place ``at`` and the query at place ``u``: three numbers."""
+    return (
+        at[0] - u[0] + (AXES[0] - 1) - slab[0],
+        at[1] - u[1] + (AXES[3] - 1) - slab[1],
+        at[2] - u[2] + (AXES[6] - 1) - slab[2],
+    )
+
+
+@triton.jit
 def _axis_sums(x, first, W: tl.constexpr):
     """``x [r, tq, tk]`` -> ``[r, W]``: entry ``w`` sums the pairs with key - query + first == w."""
     R: tl.constexpr = x.shape[0]

@@ -26,6 +26,8 @@ from nbhd.backends.triton.score_tiles import (
     pairs as pairs_of,
     seen_by,
     sees,
+    slab_entry,
+    slab_keys,
     table_sums,
 )
 from nbhd.backends.triton.tiles import (
@@ -114,7 +116,7 @@ def gather(
     D: tl.constexpr, BD: tl.constexpr, AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
     WANT_ROWS: tl.constexpr, WANT_TABLE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """A program does one box of queries, and with WANT_TABLE its part of the bias gradient (``query_kernels``)."""
+    """A program does one box of queries, and with WANT_TABLE its part of the bias gradient (``table_kernels``)."""
     L = (L0, L1, L2)
     d = (d0, d1, d2)
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
@@ -140,16 +142,7 @@ def gather(
     f = first_keys(u, G, AXES)
     z = end_keys(last, G, AXES)
     if not WANT_ROWS:
-        f = (
-            tl.maximum(f[0], u[0] + (slab0 - (AXES[0] - 1))),
-            tl.maximum(f[1], u[1] + (slab1 - (AXES[3] - 1))),
-            tl.maximum(f[2], u[2] + (slab2 - (AXES[6] - 1))),
-        )
-        z = (
-            tl.maximum(tl.minimum(z[0], last[0] + (slab0 + W[0] - (AXES[0] - 1))), f[0]),
-            tl.maximum(tl.minimum(z[1], last[1] + (slab1 + W[1] - (AXES[3] - 1))), f[1]),
-            tl.maximum(tl.minimum(z[2], last[2] + (slab2 + W[2] - (AXES[6] - 1))), f[2]),
-        )
+        f, z = slab_keys(f, z, u, last, (slab0, slab1, slab2), AXES, W)
     at = f
     acc = tl.zeros([M, BD], tl.float32)
     table = tl.zeros([SIZE], tl.float32)
@@ -162,12 +155,7 @@ def gather(
             k = load_box(k_ptr, ks, at, g, G, d, TK, D, BD)
             acc = dot_add(w.to(k.dtype), k, acc, PREC)
         if WANT_TABLE:
-            origin = (
-                at[0] - u[0] + (AXES[0] - 1) - slab0,
-                at[1] - u[1] + (AXES[3] - 1) - slab1,
-                at[2] - u[2] + (AXES[6] - 1) - slab2,
-            )
-            table += table_sums(w.to(tl.float32), origin, TQ, TK, W)
+            table += table_sums(w.to(tl.float32), slab_entry(at, u, (slab0, slab1, slab2), AXES), TQ, TK, W)
         at = next_box(at, f, z, TK)
     if WANT_ROWS:
         store_rows(out_ptr + base * D, row * D, acc * scale, inside, D, BD)
