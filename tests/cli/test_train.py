@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate", reason="the train extra is not installed")
 
@@ -94,6 +95,13 @@ def test_wrong_call_of_train_says_what_is_wrong(
         common += ["--set", "data.eval_split=validation"]
     assert message in refused(nbhd("train", *common, *arguments), code)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_leaves_the_process_group_it_was_started_in(nbhd: Run, tmp_path: Path) -> None:
+    """A process that ends inside of it may abort, and the launcher stops the one that is still writing the model."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    refused(nbhd("train", "--config", "cifar10_quick", "--data", tmp_path / "none", "--output", tmp_path / "run"), 1)
+    assert not torch.distributed.is_initialized()
 
 
 def test_missing_data_is_named(nbhd: Run, tmp_path: Path) -> None:

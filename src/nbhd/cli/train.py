@@ -58,5 +58,9 @@ def train(
     recipe = load_recipe(config, set_ or ())
 
     from nbhd.tasks.classification.train import train as train_classifier
+    from nbhd.tasks.training import leave_process_group
 
-    train_classifier(recipe, data, output, resume=resume, overwrite=overwrite)
+    try:
+        train_classifier(recipe, data, output, resume=resume, overwrite=overwrite)
+    finally:
+        leave_process_group()

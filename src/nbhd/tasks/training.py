@@ -266,6 +266,17 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         self._clock = time.monotonic()
         with quiet_transformers():
             self.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
+        self.accelerator.wait_for_everyone()  # nobody leaves while another still talks
+
+
+def leave_process_group() -> None:
+    """Leave the process group of a run of many processes, if this is one. To be called before the process ends.
+
+    A process that ends inside its group may abort (gloo's threads outlive it), and then the launcher stops the first
+    one, which is still writing the model.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _Hooks(TrainerCallback):  # type: ignore[misc]

@@ -41,7 +41,8 @@ def train(
 
     ``output`` gets ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and ``README.md`` (the model
     card), which `transformers` loads as they are; ``recipe.yaml`` (resolved), ``metrics.json``, ``curves.png``; and
-    ``checkpoints/`` to resume from. Under ``torchrun`` or ``accelerate launch`` all processes share each batch.
+    ``checkpoints/`` to resume from. Under ``torchrun`` or ``accelerate launch`` all processes share each batch; such a
+    process should call `nbhd.tasks.training.leave_process_group` before it ends, as ``nbhd train`` does.
 
     Args:
         recipe: what to train and how (`load_recipe`).
