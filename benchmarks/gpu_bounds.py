@@ -23,11 +23,11 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from benchmarks import pages
 from benchmarks.cases import Case
 from benchmarks.gpu_cases import CASES
-from nbhd._files import write_whole
 from nbhd.backends.triton import boxes, configurations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,17 +58,12 @@ class Bounds(NamedTuple):
     products: float
     waiting: float
 
-    @property
-    def cycles(self) -> float:
-        return max(self)
 
-
-def bounds(assembly: str, pairs: int, warps: int, registers: int, shared: int) -> Bounds:
-    """The bounds of a kernel from its disassembly (``nvdisasm -c``).
+def bounds(loop: list[str], pairs: int, warps: int, registers: int, shared: int) -> Bounds:
+    """The bounds of a kernel from its inner loop.
 
     ``pairs``: queries times keys of a turn of the inner loop; ``registers`` of a thread, ``shared`` bytes of a program.
     """
-    loop = inner_loop(assembly)
     issue = len(loop)
     memory = sum(_memory(each) for each in loop)
     exponentials = sum(8 for each in loop if _name(each).startswith("MUFU"))
@@ -83,7 +78,10 @@ def bounds(assembly: str, pairs: int, warps: int, registers: int, shared: int) -
 
 
 def inner_loop(assembly: str) -> list[str]:
-    """The instructions of the shortest loop that multiplies, of everything where there is none."""
+    """The instructions of the shortest loop that multiplies, of everything where there is none.
+
+    ``assembly``: of ``nvdisasm -c``.
+    """
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops: list[list[str]] = []
@@ -104,6 +102,12 @@ def inner_loop(assembly: str) -> list[str]:
 
 def _name(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+
+
+def spilled(loop: list[str]) -> tuple[int, int]:
+    """Spilled values that a turn of a loop reads back, and stores."""
+    kinds = [_name(each).partition(".")[0] for each in loop]
+    return kinds.count("LDL"), kinds.count("STL")
 
 
 def _memory(instruction: str) -> float:
@@ -141,24 +145,24 @@ class Estimate(NamedTuple):
     ms: float
 
 
-def estimates(case: Case) -> Iterator[Estimate]:
-    """Of each kernel of a forward and backward call. What programs do beside their inner loop is not counted."""
-    lines = json.loads(RESULTS.read_text(encoding="utf-8"))["lines"]
+def estimates(case: Case, lines: dict[str, Any]) -> Iterator[Estimate]:
+    """Of each kernel of a forward and backward call, from the results of ``gpu_compile``.
+
+    What programs do beside their inner loop is not counted.
+    """
     axes, lengths = boxes.axes_of(case.neighborhood, case.spatial), boxes.three(case.spatial, 1)
     needed = math.prod(boxes.visits(length, axis, 1, 1) for length, axis in zip(lengths, axes, strict=True))
+    has_tables = False
     for kernel in ("forward", "query", "table", "key"):
+        if kernel == "table" and not has_tables:
+            continue
         problem = configurations.Problem(kernel, 16, case.head_dim, axes, case.has_bias)
         row, tile = configurations.ranked(problem, VENDOR, SHARED)[0]
-        if kernel == "query":
-            is_walk = row.kernel == "query_loop"
-        if kernel == "table" and not (case.has_bias and is_walk):
-            continue
-        inverse = kernel == "key"
-        own, walk = (tile.keys, tile.queries) if inverse else (tile.queries, tile.keys)
-        visited = math.prod(
-            boxes.visits(length, axis, o, w, inverse=inverse)
-            for length, axis, o, w in zip(lengths, axes, own, walk, strict=True)
-        ) * math.prod(own) * math.prod(walk)  # fmt: skip
+        has_tables = case.has_bias and row.kernel == "query_loop"
+        own, met = configurations.owned_and_met(tile, problem)
+        visited = math.prod(own) * math.prod(met)
+        for length, axis, o, m in zip(lengths, axes, own, met, strict=True):
+            visited *= boxes.visits(length, axis, o, m, inverse=kernel in configurations.OF_KEYS)
         cycles = lines[" ".join([row.id, kernel, *["bias"] * case.has_bias])][TARGET]["cycles"]
         bound = max(cycles, key=lambda name: cycles[name])
         seconds = visited * case.batch * case.heads / 1000 * cycles[bound] / (PROCESSORS * CLOCK)
@@ -174,8 +178,9 @@ def table() -> str:
     """The estimates of every case as Markdown."""
     head = "| case | moving its tensors | forward | backward | kernels: row, visited / needed, what binds |"
     rows = [head, "|---|---|---|---|---|"]
+    lines = json.loads(RESULTS.read_text(encoding="utf-8"))["lines"]
     for case in CASES.values():
-        each = list(estimates(case))
+        each = list(estimates(case, lines))
         forward = each[0].ms
         backward = sum(e.ms for e in each[1:])
         kernels = "; ".join(f"{e.row} {e.waste:.2f} {e.bound}" for e in each)
@@ -184,20 +189,12 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def page(text: str) -> str:
-    """The page with the table of today."""
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:begin]}\n{table()}\n{text[end:]}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_bounds", description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into docs/gpu.md")
     options = parser.parse_args(arguments)
     if options.write:
-        made = page(PAGE.read_text(encoding="utf-8"))
-        with write_whole(PAGE, "w") as file:
-            file.write(made)
+        pages.replace(PAGE, BEGIN, END, f"\n{table()}\n")
     else:
         print(table())
     return 0

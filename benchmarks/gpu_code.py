@@ -41,22 +41,16 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Code(NamedTuple):
     """``registers`` and ``spilled`` (bytes) of a thread, ``shared`` bytes of a program, matrix instructions by kind.
 
-    ``cycles``: bounds of :mod:`benchmarks.gpu_bounds`, on NVIDIA.
+    On NVIDIA ``turn``: spilled values that a turn of the inner loop reads back, and stores; ``cycles``: its bounds
+    (:mod:`benchmarks.gpu_bounds`).
     """
 
     registers: int
     spilled: int
     shared: int
     matrix: dict[str, int]
+    turn: list[int]
     cycles: dict[str, int]
-
-
-def disassembled(code: Any) -> str:
-    """A kernel for NVIDIA as text."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(code.asm["cubin"])
-        return subprocess.run([_BIN / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
@@ -83,10 +77,10 @@ def read(code: Any, pairs: int) -> Code:
 
 
 def _cuda(code: Any, pairs: int) -> Code:
-    text = disassembled(code)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(code.asm["cubin"])
+        text = subprocess.run([_BIN / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([_BIN / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
     found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text, re.MULTILINE)
@@ -96,9 +90,10 @@ def _cuda(code: Any, pairs: int) -> Code:
     if not matrix:
         matrix = {"FFMA": counts["FFMA"]}
     shared = int(code.metadata.shared)
-    found_bounds = gpu_bounds.bounds(text, pairs, code.metadata.num_warps, registers, shared)
-    cycles = {name: round(each) for name, each in found_bounds._asdict().items()}
-    return Code(registers, max(spilled, stack), shared, matrix, cycles)
+    loop = gpu_bounds.inner_loop(text)
+    bounds = gpu_bounds.bounds(loop, pairs, code.metadata.num_warps, registers, shared)
+    cycles = {name: round(each) for name, each in bounds._asdict().items()}
+    return Code(registers, max(spilled, stack), shared, matrix, list(gpu_bounds.spilled(loop)), cycles)
 
 
 def _amd(code: Any) -> Code:
@@ -121,7 +116,7 @@ def _amd(code: Any) -> Code:
     )
     spilled = 4 * (number("vgpr_spill_count") + kinds["scratch"])
     # vector registers alone: a thread has 512 with the accumulators
-    return Code(number("vgpr_count"), spilled, int(code.metadata.shared), matrix, {})
+    return Code(number("vgpr_count"), spilled, int(code.metadata.shared), matrix, [], {})
 
 
 def plans(case: Case, target: Target) -> Iterator[tuple[str, Map, Any]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import pages
 from benchmarks.cases import Case
 from nbhd._files import write_json, write_whole
 from nbhd.backends.triton import configurations
@@ -107,7 +107,7 @@ def compile_line(line: Line, target: str, *, anyway: bool = False) -> Any:
 
 
 #: Most bytes that a thread of a row may spill. The float32 backward with more than 128 channels holds all of them in
-#: registers. The others spill outside their inner loops, which read five values back each turn at most and store none.
+#: registers. The others spill nearly all outside their inner loops (``turn`` in the results; a test holds them to it).
 MAY_SPILL = {
     "ql32-256": 600, "kl32-256": 100, "ko16-32-two": 200, "kl16-128": 140, "kl16-64-hopper": 40, "kl16-128-amd": 40,
     "fl16-256": 60, "ko32-32": 100, "tl16-128": 240, "tl16-256": 240, "tl32-256": 300,
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(path, {"triton": triton.__version__, "columns": list(gpu_code.Code._fields), "lines": found})
         if not is_other:
             _write_configurations(found)
-            _write_page(triton.__version__, found)
+            pages.replace(PAGE, BEGIN, END, f"\n{table(triton.__version__, found)}\n")
     return 1 if bad else 0
 
 
@@ -217,15 +217,6 @@ def table(version: str, found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(
         [f"Triton {version}. Registers / bytes spilled / KiB shared / matrix instructions / cycles.", "", head, *rows]
     )
-
-
-def _write_page(version: str, found: dict[str, dict[str, Any]]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    made = re.sub(
-        f"{BEGIN}.*{END}", f"{BEGIN}\n{table(version, found)}\n{END}".replace("\\", ""), text, flags=re.DOTALL
-    )
-    with write_whole(PAGE, "w") as file:
-        file.write(made)
 
 
 if __name__ == "__main__":

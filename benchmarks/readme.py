@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import models, peers
+from benchmarks import models, pages, peers
 from benchmarks.cases import NAT_MAPS
 from benchmarks.report import bound, machine_line, memory_text, number, rate_text, significant
 from benchmarks.summary import Row, find, rows
-from nbhd._files import write_whole
-from nbhd.errors import ArgumentError, FileError
+from nbhd.errors import ArgumentError
 
 BEGIN = "<!-- benchmarks: begin. Made by `python -m benchmarks --table FILE`, not by hand. -->"
 END = "<!-- benchmarks: end -->"
@@ -23,16 +22,7 @@ def write(run: dict[str, Any], source: Path, readme: Path) -> None:
         ArgumentError: the run is a quick one or has none of the tables' cases.
         FileError: the file cannot be read, or does not have both comments, once and in order.
     """
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read {readme}: {error}") from error
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise FileError(f"{readme} must have the lines {BEGIN!r} and {END!r} once each, in this order.")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    with write_whole(readme, "w") as stream:
-        stream.write(f"{before}{BEGIN}\n\n{tables(run, source)}\n\n{END}{after}")
+    pages.replace(readme, BEGIN, END, f"\n\n{tables(run, source)}\n\n")
 
 
 def tables(run: dict[str, Any], source: Path) -> str:

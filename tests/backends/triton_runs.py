@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 
 from nbhd import apply_attention_weights, na2d
 from nbhd.backends import reference, triton as backend
-from nbhd.backends.triton import attention, boxes, configurations, launches
+from nbhd.backends.triton import boxes, configurations, launches
 from nbhd.geometry import Neighborhood, axis_table
 
 NAMES = ("out", "lse", "d_query", "d_key", "d_value", "d_rel_pos_bias")
@@ -264,7 +264,7 @@ def layouts() -> None:
     loop = make(case((4, 38), (3, 33), heads=2), F32)
     truth = run(reference, *loop, torch.float64)
     plain = run(reference, *loop)
-    attention.TABLE_BYTES, launches.SLAB = 1, 64
+    launches.TABLE_BYTES, launches.SLAB = 1, 64
     say("slabs", errors=compare(run(backend, *loop), plain, truth))
 
 

@@ -11,17 +11,7 @@ from torch import Tensor
 from nbhd.backends.triton import boxes, forward_kernels, key_kernels, query_kernels, table_kernels
 from nbhd.backends.triton.boxes import Tile
 from nbhd.backends.triton.configurations import Row
-from nbhd.backends.triton.launches import (
-    LOG2E,
-    MOST_ROWS,
-    TABLE_BYTES,
-    Launch,
-    Map,
-    Slabs,
-    channels,
-    execute,
-    split,
-)
+from nbhd.backends.triton.launches import LOG2E, Launch, Map, Slabs, channels, execute, split
 from nbhd.geometry import Neighborhood
 
 
@@ -156,20 +146,17 @@ class BackwardPlan:
         count = boxes.programs(call.lengths, call.axes, tile.queries)
         images = call.images(count * call.heads)
         groups = math.ceil(call.batch / images)
-        some = max(1, min(count, MOST_ROWS, TABLE_BYTES // (groups * call.heads * slabs.entries * 4)))
-        tables = torch.empty((some, groups, call.heads, slabs.entries), dtype=torch.float32, device=self.lse.device)
         constants = call.constants(row, tile, INLINE=call.inline)
         constants |= channels(*self.tensors[1:]) | {"W": slabs.width}
-        for origin in slabs.origins():
-            for begin in range(0, count, some):
-                part = tables[: min(some, count - begin)].zero_()
-                arguments = [
-                    *self.tensors, self.d_out, self.lse, self.delta, padded, part, *self._strides(),
-                    *call.sizes(self.scale * LOG2E), images, begin, *origin,
-                ]  # fmt: skip
-                grid = (groups * call.heads, part.shape[0])
-                yield Launch(table_kernels.table_loop, grid, arguments, constants, row, call.options(row))
-                slabs.add(self.d_bias, part, origin)
+        given = [*self.tensors, self.d_out, self.lse, self.delta, padded]
+        layout = [*self._strides(), *call.sizes(self.scale * LOG2E), images]
+
+        def launch(tables: Tensor, first_box: int, origin: boxes.Triple) -> Launch:
+            arguments = [*given, tables, *layout, first_box, *origin]
+            grid = (groups * call.heads, tables.shape[0])
+            return Launch(table_kernels.table_loop, grid, arguments, constants, row, call.options(row))
+
+        yield from slabs.launches(self.d_bias, count, groups, launch)
 
     def key_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
         call = self.call

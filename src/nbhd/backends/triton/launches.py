@@ -248,9 +248,21 @@ class Slabs:
                 for c in range(0, self.sizes[2], self.width[2]):
                     yield a, b, c
 
-    @property
-    def is_one(self) -> bool:
-        return all(w >= n for w, n in zip(self.width, self.sizes, strict=True))
+    def launches(
+        self, total: Tensor, count: int, groups: int, launch: Callable[[Tensor, int, Triple], Launch]
+    ) -> Iterator[Launch]:
+        """Fill ``total [heads, n0, n1, n2]``: slab by slab, some of ``count`` boxes at a time.
+
+        ``launch(tables, first_box, origin)`` makes what fills ``tables [boxes, groups, heads, W2 * W1 * W0]``, zeros.
+        """
+        heads = total.shape[0]
+        some = max(1, min(count, MOST_ROWS, TABLE_BYTES // (groups * heads * self.entries * 4)))
+        tables = torch.empty((some, groups, heads, self.entries), dtype=torch.float32, device=total.device)
+        for origin in self.origins():
+            for begin in range(0, count, some):
+                part = tables[: min(some, count - begin)].zero_()
+                yield launch(part, begin, origin)
+                self.add(total, part, origin)
 
     def add(self, total: Tensor, tables: Tensor, origin: Triple) -> None:
         """Add tables ``[..., heads, W2 * W1 * W0]`` into ``total [heads, n0, n1, n2]``, in a fixed order."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from nbhd.backends.triton import boxes, unfused_kernels
 from nbhd.backends.triton.boxes import Tile
 from nbhd.backends.triton.configurations import Row
-from nbhd.backends.triton.launches import TABLE_BYTES, Launch, Map, Slabs, execute, split
+from nbhd.backends.triton.launches import Launch, Map, Slabs, execute, split
 from nbhd.geometry import Neighborhood
 
 
@@ -126,14 +126,11 @@ class GatherPlan:
         assert self.d_bias is not None
         slabs = Slabs(call.axes, tile, is_whole=False)
         count = boxes.programs(call.lengths, call.axes, tile.queries)
-        some = max(1, min(count, TABLE_BYTES // (call.batch * call.heads * slabs.entries * 4)))
-        shape = (some, call.batch, call.heads, slabs.entries)
-        tables = torch.empty(shape, dtype=torch.float32, device=self.out.device)
-        for origin in slabs.origins():
-            for begin in range(0, count, some):
-                part = tables[: min(some, count - begin)].zero_()
-                yield self._launch(row, tile, part, slabs, begin, *origin)
-                slabs.add(self.d_bias, part, origin)
+
+        def launch(tables: Tensor, first_box: int, origin: boxes.Triple) -> Launch:
+            return self._launch(row, tile, tables, slabs, first_box, *origin)
+
+        yield from slabs.launches(self.d_bias, count, call.batch, launch)
 
 
 def _scatter(slots: Tensor, query: Tensor, kv_heads: int, neighborhood: Neighborhood, scale: float) -> Tensor:
