@@ -5,6 +5,10 @@
 #include <new>
 #include <vector>
 
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
 #include "../include/nbhd.h"
 #include "dispatch.h"
 
@@ -111,6 +115,17 @@ int64_t cache_bytes() {
     static const int64_t bytes = kilo("NBHD_CPU_CACHE_KB", 512); // Zen 3; later cores have more
     return bytes;
 }
+// Half of the second-level cache, where the system says how large that is.
+int64_t heads_cache_bytes() {
+    static const int64_t bytes = [] {
+        int64_t most = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        most = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2;
+#endif
+        return most > cache_bytes() && !getenv("NBHD_CPU_CACHE_KB") ? most : cache_bytes();
+    }();
+    return bytes;
+}
 int64_t last_cache_bytes() {
     static const int64_t bytes = kilo("NBHD_CPU_LAST_CACHE_KB", 32 * 1024); // what a Zen 3 or 4 has for eight cores
     return bytes;
@@ -211,12 +226,12 @@ int32_t run(const nbhd_call *call, Entry e) {
                          tables.first[a].data(), tables.count[a].data(), -1};
     // only the fused passes do not care for the order of a window's keys
     if (e.part == Part::attention) p.axis[2].before = keys_before(c, 2, tables);
-    p.scale = c.scale, p.cache_bytes = cache_bytes(), p.least_work_of_cut = least_work_of_cut();
+    p.scale = c.scale, p.cache_bytes = cache_bytes(), p.heads_cache_bytes = heads_cache_bytes();
+    p.least_work_of_cut = least_work_of_cut();
     const int64_t elements =
         c.batch * c.length[0] * c.length[1] * c.length[2] * (c.heads + c.kv_heads) * (c.dim + c.dim_v);
     p.small = elements * (e.backward ? 2 : 1) * (c.dtype == NBHD_FLOAT64 ? 8 : 4) <= p.cache_bytes;
     const int64_t bytes = elements * int64_t(element_size(c.dtype));
-    p.far = bytes > 4 << 20 && is_amd();
     p.from_memory = bytes > last_cache_bytes();
     for (const Use &u : uses)
         if (u.used(e.part, e.backward)) p.*u.of_problem = tensor(c.*u.of_call);

@@ -42,11 +42,11 @@ struct Problem {
     void *lse;     // or null: nobody wants it
     const void *d_lse, *bias;
     void *d_bias;
-    int64_t cache_bytes;       // that packed keys may take: about a second-level cache
+    int64_t cache_bytes;       // that packed keys of a block may take: about a second-level cache
+    int64_t heads_cache_bytes; // those of several heads that a task takes side by side
     int64_t least_work_of_cut; // products that a part of a map must be worth to be a task of its own
     bool small;                // the tensors are that small as well: nothing is worth asking for ahead
-    bool far;                  // the tensors are so large that asking ahead pays even with 64-byte vectors
-    bool from_memory;          // and so large that no cache holds them
+    bool from_memory;          // so large that no cache holds them
 
     int queries_per_kv_head() const { return heads / kv_heads; }
     int window() const { return axis[0].kernel * axis[1].kernel * axis[2].kernel; }

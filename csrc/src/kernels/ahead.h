@@ -4,16 +4,11 @@
 //
 // There are as many lines as groups of products, so asking must be cheap: line by line, from a counter for each, it was a fifth of a
 // Zen 5's forward with window 3, nearly all of it the counting.
-//
-// In the forward with vectors of 64 bytes only on AMD's processors, for more than 4 MB of tensors. An Intel server took 2 to 14 % longer
-// in the forward, asked for many lines at a time (the backward neither gained nor lost); a few at a time it has not been measured.
 #pragma once
 #include "../problem.h"
 #include "view.h"
 
 namespace nbhd::NBHD_ISA {
-
-static bool forward_asks_ahead(const Problem &p) { return !p.small && (NBHD_VECTOR_BYTES < 64 || p.far); }
 
 // Asked for are eight lines at a time, four pairs, of one token or of neighbours. The last of a row may overlap others.
 struct Ahead {

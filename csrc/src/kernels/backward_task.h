@@ -113,7 +113,7 @@ static void reduce_bias(const BackwardJob &job) {
 
 template <class T>
 static bool backward_as(const Problem &p, const Threads &threads) {
-    BackwardJob job{&p, make_plan(p, backward_transposed, backward_rows), -1, nullptr, 0, false};
+    BackwardJob job{&p, make_plan(p, threads.count, backward_transposed, backward_rows), -1, nullptr, 0, false};
     while (job.plan.cuts > 1 && !alternate_blocks_are_apart(p, job.plan)) job.plan.cuts--;
     if (job.plan.cuts == 2) job.plan.cuts = 1; // one after the other: nothing won
     const int64_t tasks = job.plan.tasks();

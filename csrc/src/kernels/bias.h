@@ -39,15 +39,15 @@ struct BiasTables {
 
 static void lay_out_bias(BiasTables &b, Arena &arena, const Problem &p, int heads, const ColumnTiles &tiles,
                          int lane_heads, bool gradient) {
-    constexpr int64_t most = 192 * 1024;
+    constexpr int64_t most = 192 * 1024; // of a head: which heads a task has must not change the order of sums
     b.present = p.bias != nullptr;
     if (!b.present) return;
     b.rows = p.bias_rows(), b.rows_y = 2 * p.axis[1].kernel - 1, b.columns = p.bias_columns(),
     b.kernel = p.axis[2].kernel, b.lane_heads = lane_heads, b.group = p.queries_per_kv_head();
     b.own_sets = tiles.sets - 1, b.sum_sets = b.own_sets + tiles.common;
     b.compact = arena.take<Real>((int64_t)heads * b.rows * b.columns + lanes);
-    const int64_t size = b.tables(heads) * b.set_size();
-    b.expanded = size * (b.own_sets + (gradient ? b.sum_sets : 0)) * (int64_t)sizeof(Real) <= most;
+    const int64_t size = b.tables(heads) * b.set_size(), sets = b.own_sets + (gradient ? b.sum_sets : 0);
+    b.expanded = sets * b.group * b.set_size() * (int64_t)sizeof(Real) <= most;
     b.table = b.expanded ? arena.take<Real>(size * b.own_sets) : nullptr;
     b.sum = b.expanded && gradient ? arena.take<Real>(size * b.sum_sets) : nullptr;
 }

@@ -5,7 +5,8 @@
 //      task     a range of maps x a range of key/value heads x a range of places along one axis
 //      block    a task's rows and columns, small enough for its packed keys to stay in the second-level cache
 //
-// The cuts depend on the shape alone, never on the number of threads: sums keep their order and results their bits.
+// The cuts depend on the shape alone, never on the number of threads: sums keep their order and results their bits. No sum has
+// numbers of two heads, so how many heads a task takes does depend on it.
 #pragma once
 #include "tile.h"
 #include "view.h"
@@ -187,6 +188,14 @@ static int64_t ring_bytes(const Problem &p, const Map &m, const Plan &plan, int 
 constexpr int64_t enough_tasks = 16, most_tasks = 256, least_work_of_task = 1 << 22;
 constexpr int64_t most_sums = 4 << 20; // bytes for gradients of the bias, from which on there are enough_tasks only
 constexpr int few_half_windows = 3, many_half_windows = 12; // of a cut, at least: up to enough_tasks, and for more
+constexpr int tasks_of_thread = 4;                          // at least, for threads that have done sooner than others
+
+// About what a head's tables of the bias take (bias.h): numbers and sums for the queries at either end, sums for those between.
+static int64_t bias_bytes(const Problem &p, const Map &m) {
+    const int tiles = (m.axis[2].length + lanes - 1) / lanes, sets = tiles > 2 ? 5 : 2 * tiles;
+    const int64_t set = (int64_t)p.bias_rows() * p.axis[2].kernel * lanes * (int64_t)sizeof(Real);
+    return !p.bias ? 0 : sets * p.queries_per_kv_head() * set / (is_narrow(p, m) ? 2 : 1);
+}
 
 static int64_t possible_cuts(const Map &m, int axis, int half_windows) {
     const int least_places[] = {1, 2 * tile_rows, 16 * lanes}, windows = half_windows * m.axis[axis].kernel / 2;
@@ -252,11 +261,28 @@ static bool take_heads_together(Plan &plan, const Problem &p, const Map &m) {
     return fits() && plan.maps * plan.head_groups_of(p) * most_possible_cuts(m, few_half_windows) >= enough_tasks;
 }
 
+// Tasks with more heads than their cuts were made for, while there are tasks for all threads: a token's heads lie side by side, and
+// what is read together comes faster. All that such a task keeps of its heads has to stay near.
+static void take_more_heads(Plan &plan, const Problem &p, const Map &m, int64_t threads, int copies_transposed,
+                            int copies_rows) {
+    if (is_narrow(p, m) && p.kv_heads % 2) return; // else all heads have another one in their lanes
+    const int64_t least_tasks = threads > 1 ? tasks_of_thread * threads : 1,
+                  bytes = ring_bytes(p, m, plan, copies_transposed, copies_rows) + bias_bytes(p, m);
+    for (int more; plan.heads_per_task < p.kv_heads; plan.heads_per_task = more) {
+        more = 2 * plan.heads_per_task < p.kv_heads ? 2 * plan.heads_per_task : p.kv_heads;
+        Plan with_more = plan;
+        with_more.heads_per_task = more, with_more.head_groups = with_more.head_groups_of(p);
+        if (more * bytes > p.heads_cache_bytes || with_more.tasks() < least_tasks) break;
+    }
+    plan.head_groups = plan.head_groups_of(p);
+}
+
 // `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
-static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) {
+static Plan make_plan(const Problem &p, int64_t threads, int copies_transposed, int copies_rows) {
     const Map m = map_of(p, 0); // the longest of all groups along every axis
     Plan plan = whole_maps(p, m);
-    if (!p.from_memory || p.kv_heads == 1 || !take_heads_together(plan, p, m)) {
+    const bool together = p.from_memory && p.kv_heads > 1 && take_heads_together(plan, p, m);
+    if (!together) {
         plan = whole_maps(p, m);
         take_heads_that_fit(plan, p, m, copies_transposed, copies_rows);
     }
@@ -284,6 +310,7 @@ static Plan make_plan(const Problem &p, int copies_transposed, int copies_rows) 
     cut(enough_tasks, few_half_windows), cut(tasks, many_half_windows);
     const int64_t parts = plan.head_groups * plan.cuts, chunks = (tasks + parts - 1) / parts;
     plan.map_chunks = chunks < plan.maps ? chunks : plan.maps;
+    if (!together) take_more_heads(plan, p, m, threads, copies_transposed, copies_rows);
     return plan;
 }
 

@@ -13,6 +13,11 @@ struct Float16 {
     uint16_t bits;
 };
 
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<BFloat16> = true;
+
 typedef uint16_t Half __attribute__((vector_size(lanes * 2)));
 typedef Half UnalignedHalf __attribute__((aligned(2), may_alias));
 typedef uint32_t UInt __attribute__((vector_size(lanes * 4)));

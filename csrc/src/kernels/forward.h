@@ -401,7 +401,7 @@ static void forward_map(const Problem &p, const Map &m, const Map *next_map, con
                             if (!q) ahead_of.keys(p.key, h, p.dim), ahead_of.keys(p.value, h, p.dim_v);
                             ahead_of.queries(p.query, head, p.dim), ahead_of.queries(p.out, head, p.dim_v);
                         };
-                        if (!forward_asks_ahead(p)) {
+                        if (p.small) {
                         } else if (by_strip) {
                             ask(NextStrip<T>{ahead, p, m, x_end, b.row.begin + places, x_end - x, f.ring.heads});
                         } else if (!next.next_map || next_map) {
@@ -455,7 +455,7 @@ static void forward_task(int64_t i, void *context) {
 
 template <class T>
 static bool forward_as(const Problem &p, const Threads &threads) {
-    ForwardJob job{&p, make_plan(p, forward_transposed, forward_rows), false};
+    ForwardJob job{&p, make_plan(p, threads.count, forward_transposed, forward_rows), false};
     run_tasks(threads, job.plan.tasks(), forward_task<T>, &job);
     return !job.failed;
 }

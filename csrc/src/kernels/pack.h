@@ -46,6 +46,14 @@ NBHD_INLINE void pack_lanes(const T *src, const int64_t *token, int channels, Re
     if constexpr (sizeof(T) == sizeof(float))
         pack_words<most_words>(src, token, c, channels,
                                [&](int i, Vec v) NBHD_INLINE_LAMBDA { store(dst + i * pitch, v * f); });
+    if constexpr (is_bfloat16<T>) { // the upper half of a float: a word is two of them, transposed at once
+        int words = 0;
+        pack_words<most_words>(src, token, words, channels / 2, [&](int i, Vec v) NBHD_INLINE_LAMBDA {
+            store(dst + 2 * i * pitch, (Vec)((UInt)v << 16) * f);
+            store(dst + (2 * i + 1) * pitch, (Vec)((UInt)v & 0xffff0000) * f);
+        });
+        c = 2 * words;
+    }
 #endif
     for (; c < channels; c += lanes) {
         const int rows = channels - c < lanes ? channels - c : lanes;
