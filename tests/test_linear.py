@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from nbhd import _processor, linear
 from nbhd.linear import Linear
@@ -27,6 +28,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(linear, "one_piece_is_faster", lambda: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
 
 
@@ -342,3 +344,134 @@ def test_maker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_processor.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(_processor.platform, "processor", lambda: "arm")
     assert (_processor.maker(), _processor.name(), _processor.family()) == (None, "arm", None)
+
+
+# ---- a product, its bias and GELU in one piece
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], str]]:
+    """The shapes and activations of what `linear` and `linear_gelu` have had oneDNN make in one piece."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    seen: list[tuple[tuple[int, ...], str]] = []
+    make = linear._in_one_piece
+
+    def spy(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        seen.append((tuple(input.shape), activation))
+        return make(input, weight, bias, activation)
+
+    monkeypatch.setattr(linear, "_in_one_piece", spy)
+    monkeypatch.setattr(linear, "one_piece_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
+    return seen
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 40, 40, 64), (3, 50, 25, 100), (33, 4700)], ids=str)
+def test_one_piece_is_as_exact(
+    shape: tuple[int, ...], has_bias: bool, threads: int, pieces: list[tuple[tuple[int, ...], str]]
+) -> None:
+    torch.manual_seed(0)
+    batch, weight = torch.randn(shape), torch.randn(208, shape[-1])
+    bias = torch.randn(208) if has_bias else None
+    plain = exact(batch, weight, bias, torch.zeros(*shape[:-1], 208))[0]
+    for ours, theirs, truth in (
+        (linear.linear(batch, weight, bias), functional.linear(batch, weight, bias), plain),
+        (linear.linear_gelu(batch, weight, bias), functional.gelu(functional.linear(batch, weight, bias)),
+         functional.gelu(plain)),
+    ):  # fmt: skip
+        assert ours.shape == theirs.shape and ours.is_contiguous()
+        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+    # without a bias there is nothing to add, and MKL's product is as good
+    assert pieces == ([(shape, "none")] if has_bias else []) + [(shape, "gelu")]
+
+
+@pytest.mark.parametrize("what", ["gradient", "rows", "layout", "dtype", "switch", "vmap", "watched", "other machine"])
+def test_what_is_not_made_in_one_piece(
+    what: str, pieces: list[tuple[tuple[int, ...], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    batch, weight, bias = torch.randn(4096, 64), torch.randn(64, 64), torch.randn(64)
+    if what == "gradient":
+        weight.requires_grad_()
+    elif what == "rows":
+        batch, weight = torch.randn(31, 8192), torch.randn(64, 8192)
+    elif what == "layout":
+        batch = torch.randn(64, 4096).t()
+    elif what == "dtype":
+        batch, weight, bias = batch.double(), weight.double(), bias.double()
+    elif what == "switch":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    elif what == "other machine":
+        monkeypatch.setattr(linear, "one_piece_is_faster", lambda: False)
+    expected = functional.gelu(functional.linear(batch, weight, bias))
+    if what == "vmap":
+        ours = torch.vmap(lambda x: linear.linear_gelu(x, weight, bias))(torch.stack([batch, batch]))[1]
+    elif what == "watched":
+        with FlopCounterMode(display=False) as counter:
+            ours = linear.linear_gelu(batch, weight, bias)
+        assert counter.get_total_flops() == 2 * 4096 * 64 * 64
+    else:
+        ours = linear.linear_gelu(batch, weight, bias)
+    torch.testing.assert_close(ours, expected)
+    assert pieces == []
+    if what == "gradient":  # with nobody to ask for one there is none
+        with torch.no_grad():
+            torch.testing.assert_close(linear.linear_gelu(batch, weight, bias), expected)
+        assert pieces == [((4096, 64), "gelu")]
+
+
+def test_nat_joins_its_gelu(pieces: list[tuple[tuple[int, ...], str]]) -> None:
+    torch.manual_seed(0)
+    config = NatConfig.from_variant("nat_mini", num_labels=5, depths=[1, 1, 1, 1])
+    model, pixels = NatForImageClassification(config).eval(), torch.randn(2, 3, 224, 224)
+    expected = model(pixels).logits.detach()
+    assert pieces == []
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    assert [activation for _, activation in pieces].count("gelu") == 4
+    assert [activation for _, activation in pieces].count("none") == 4  # the outputs; query, key and value are small
+
+
+def test_nat_shows_what_is_before_its_gelu(pieces: list[tuple[tuple[int, ...], str]]) -> None:
+    """To hooks, to a forward put in the place of a layer's, and to an adapter."""
+    config = NatConfig.from_variant("nat_mini", num_labels=5, depths=[1, 1, 1, 1])
+    model, pixels = NatForImageClassification(config).eval(), torch.randn(2, 3, 224, 224)
+    first = model.nat.encoder.levels[0].layers[0].intermediate
+    seen: list[Tensor] = []
+
+    def gelus() -> int:
+        pieces.clear()
+        with torch.no_grad():
+            model(pixels)
+        return [activation for _, activation in pieces].count("gelu")
+
+    assert gelus() == 4
+    for module in (first.dense, first.intermediate_act_fn):
+        handle = module.register_forward_hook(lambda _module, inputs, output: seen.append(output))
+        assert gelus() == 3
+        handle.remove()
+    assert float(seen[0].min()) < -0.2 < float(seen[1].min())  # GELU never goes below
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert gelus() == 0
+    everywhere.remove()
+    plain = first.dense.forward
+    first.dense.forward = lambda batch: seen.append(batch) or plain(batch)  # type: ignore[func-returns-value]
+    assert gelus() == 3 and len(seen) == 3
+    del first.dense.forward
+    first.dense = nn.Sequential(first.dense)
+    assert gelus() == 3
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "expected"),
+    [("GenuineIntel", "AVX512", True), ("GenuineIntel", "AVX2", False), ("AuthenticAMD", "AVX512", False)],
+)
+def test_where_one_piece_is_faster(
+    monkeypatch: pytest.MonkeyPatch, maker: str, capability: str, expected: bool
+) -> None:  # fmt: skip
+    monkeypatch.setattr(linear, "maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert linear.one_piece_is_faster.__wrapped__() is (expected and torch.backends.mkldnn.is_available())

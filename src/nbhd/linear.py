@@ -5,6 +5,9 @@ Intel MKL stays at AVX2 even where there is AVX-512, and takes twice the time a 
 oneDNN, which does not mind the maker; and a linear layer is a convolution with a 1x1 kernel over a channels-last map,
 which is how the data lie already. ``python -m benchmarks.linear`` times the two.
 
+On Intel's processors MKL's products are as fast. There oneDNN gains in inference, where it adds the bias and applies
+GELU while a product is at hand (`linear_gelu`) instead of reading and writing all of it again for each.
+
     nbhd::linear    nbhd::linear_d_weight
 
 stand for it in compiled graphs, where PyTorch's own compiler would call MKL. They choose when they run.
@@ -27,6 +30,10 @@ SMALLEST_WORK, SMALLEST_WORK_ON_ZEN_4 = 8_000_000, 100_000_000
 
 #: Fewer rows than this leave oneDNN's blocks half empty.
 FEWEST_ROWS = 128
+
+#: The same where MKL's products are as fast and oneDNN gains by what it does beside them; and how many times the work
+#: it takes for a bias alone.
+FEWEST_ROWS_IN_ONE_PIECE, TIMES_THE_WORK_FOR_A_BIAS = 32, 4
 
 
 class Linear(nn.Linear):
@@ -54,12 +61,66 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
     if not _makes_a_graph():
+        if bias is not None and _takes_one_piece(input, weight, bias, TIMES_THE_WORK_FOR_A_BIAS):
+            return _in_one_piece(input, weight, bias, "none")
         # With gradients there are three products to prepare instead of one.
         return _by_either(input, weight, bias, times_the_work=2 if torch.is_grad_enabled() else 1)
     if _graph_takes_operator(input, weight):
         output: Tensor = torch.ops.nbhd.linear(input, weight, bias)
         return output
     return functional.linear(input, weight, bias)
+
+
+def joins(layer: nn.Module, activation: nn.Module) -> bool:
+    """Whether `linear_gelu` may stand for a `Linear` and an exact GELU, and gains by it.
+
+    Not where a graph is made, and not where somebody waits for what is between the two: with hooks, or with a
+    ``forward`` put in the place of theirs, as adapters and offloading have them.
+    """
+    # the first of all for the same reason as in `linear`
+    if _makes_a_graph() or not one_piece_is_faster() or type(layer) is not Linear:
+        return False
+    return not any(
+        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+        or module._backward_hooks or module._backward_pre_hooks
+        for module in (layer, activation)
+    ) and not nn.modules.module._has_any_global_hook()  # fmt: skip
+
+
+def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.gelu`` of `linear`, by one kernel of oneDNN's where that is faster.
+
+    That is: large float32 products of contiguous tensors without a gradient to come, in eager mode, on Intel's
+    processors with AVX-512.
+
+    Args and returned tensor: those of `linear`.
+    """
+    if not _makes_a_graph() and _takes_one_piece(input, weight, bias):
+        return _in_one_piece(input, weight, bias, "gelu")
+    return functional.gelu(linear(input, weight, bias))
+
+
+def _takes_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int = 1) -> bool:
+    """Whether oneDNN may make the product and what follows in one kernel, and is the faster for it."""
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    return (
+        not wants_gradient
+        and one_piece_is_faster()
+        and _pays(input, weight, times_the_work, FEWEST_ROWS_IN_ONE_PIECE)
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+        # Whoever watches what runs, or takes it apart, knows the plain operators.
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """A product with its bias and ``"none"`` or ``"gelu"``, the exact one, as PyTorch's compiler calls it too."""
+    exact = "none" if activation == "gelu" else ""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], exact)
+    return output
 
 
 def _by_either(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int) -> Tensor:
@@ -151,10 +212,10 @@ def _suits(input: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _pays(input: Tensor, weight: Tensor, times_the_work: int) -> bool:
+def _pays(input: Tensor, weight: Tensor, times_the_work: int, fewest_rows: int = FEWEST_ROWS) -> bool:
     if not _suits(input, weight) or not input.is_contiguous() or not torch.backends.mkldnn.enabled:
         return False
-    enough_rows = input.numel() >= FEWEST_ROWS * weight.shape[1]
+    enough_rows = input.numel() >= fewest_rows * weight.shape[1]
     return enough_rows and input.numel() * weight.shape[0] >= times_the_work * smallest_work()
 
 
@@ -198,8 +259,22 @@ def mkl_is_slow() -> bool:
 
 
 @functools.cache
+def one_piece_is_faster() -> bool:
+    """Whether oneDNN's products with a bias and GELU in them beat MKL's and what comes after.
+
+    True on Intel's processors with AVX-512; elsewhere it is not yet measured.
+    """
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and maker() == "GenuineIntel"
+    )
+
+
+@functools.cache
 def smallest_work() -> int:
-    """Products from which on oneDNN is the faster, where `mkl_is_slow`; with gradients twice as many."""
+    """Products from which on oneDNN is the faster, where it is for some; with gradients twice as many."""
     is_zen_4 = maker() == "AuthenticAMD" and family() == 25  # Zen 3, of the same family, has no AVX-512
     return SMALLEST_WORK_ON_ZEN_4 if is_zen_4 else SMALLEST_WORK
 

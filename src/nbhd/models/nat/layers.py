@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.linear import Linear
+from nbhd.linear import Linear, joins, linear_gelu
 from nbhd.models.nat.configuration_nat import NatConfig
 
 
@@ -195,7 +195,10 @@ class NatIntermediate(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.intermediate_act_fn(self.dense(hidden_states))
+        dense, activation = self.dense, self.intermediate_act_fn
+        if type(activation) is GELUActivation and joins(dense, activation):
+            return linear_gelu(hidden_states, dense.weight, dense.bias)
+        return activation(dense(hidden_states))
 
 
 class NatOutput(nn.Module):
