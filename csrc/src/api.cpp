@@ -115,14 +115,16 @@ int64_t cache_bytes() {
     static const int64_t bytes = kilo("NBHD_CPU_CACHE_KB", 512); // Zen 3; later cores have more
     return bytes;
 }
-// Half of the second-level cache, where the system says how large that is.
+// Half of the second-level cache, where the system says how large that is, and no more than a megabyte: a thread keeps as much.
 int64_t heads_cache_bytes() {
     static const int64_t bytes = [] {
-        int64_t most = 0;
+        constexpr int64_t most = 1 << 20;
+        int64_t half = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-        most = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2;
+        half = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2;
 #endif
-        return most > cache_bytes() && !getenv("NBHD_CPU_CACHE_KB") ? most : cache_bytes();
+        if (half < cache_bytes() || getenv("NBHD_CPU_CACHE_KB")) return cache_bytes();
+        return half < most ? half : most;
     }();
     return bytes;
 }

@@ -266,7 +266,8 @@ static bool take_heads_together(Plan &plan, const Problem &p, const Map &m) {
 static void take_more_heads(Plan &plan, const Problem &p, const Map &m, int64_t threads, int copies_transposed,
                             int copies_rows) {
     if (is_narrow(p, m) && p.kv_heads % 2) return; // else all heads have another one in their lanes
-    const int64_t least_tasks = threads > 1 ? tasks_of_thread * threads : 1,
+    const int rounds = plan.cuts > 1 ? 2 : 1;      // of a backward: even cuts, then odd ones
+    const int64_t least_tasks = threads > 1 ? tasks_of_thread * rounds * threads : 1,
                   bytes = ring_bytes(p, m, plan, copies_transposed, copies_rows) + bias_bytes(p, m);
     for (int more; plan.heads_per_task < p.kv_heads; plan.heads_per_task = more) {
         more = 2 * plan.heads_per_task < p.kv_heads ? 2 * plan.heads_per_task : p.kv_heads;
