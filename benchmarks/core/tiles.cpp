@@ -92,8 +92,8 @@ int main(int argc, char **argv) {
     const auto tensor = [&](int i) { return Tensor{tensors[i].data(), n, {n, (int64_t)side * dim, dim}, dim}; };
     Problem p{};
     p.part = Part::attention, p.dtype = Dtype::float32, p.batch = p.heads = p.kv_heads = 1, p.dim = p.dim_v = dim;
-    p.scale = .2, p.cache_bytes = p.heads_cache_bytes = 512 * 1024, p.least_work_of_cut = int64_t(1) << 40,
-    p.small = true; // one task
+    p.scale = .2, p.cache_bytes = p.heads_cache_bytes = 512 * 1024, p.small = true;
+    p.least_work_of_cut = int64_t(1) << 40; // one task
     p.axis[0] = Axis{1, 1, 1, &zero, &one, -1};
     p.axis[1] = p.axis[2] = Axis{side, window, 1, first.data(), count.data(), window / 2};
     p.query = tensor(0), p.key = tensor(1), p.value = tensor(2), p.out = tensor(3);

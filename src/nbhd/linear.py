@@ -102,17 +102,17 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _takes_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int = 1) -> bool:
     """Whether oneDNN may make the product and what follows in one kernel, and is the faster for it."""
+    if not one_piece_is_faster():
+        return False
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     return (
         not wants_gradient
-        and one_piece_is_faster()
         and _pays(input, weight, times_the_work, FEWEST_ROWS_IN_ONE_PIECE)
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
         # Whoever watches what runs, or takes it apart, knows the plain operators.
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not _is_transformed()
     )
 
 
@@ -234,10 +234,14 @@ def _graph_takes_operator(input: Tensor, weight: Tensor) -> bool:
     return _suits(input, weight) and _mkl_is_slow_when_compiled()
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func or dual numbers are at work, which ask for rules that some operators do not have."""
+    in_function = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_function or torch.autograd.forward_ad._current_level >= 0
+
+
 def _mkl_is_slow_when_compiled() -> bool:
-    # torch.func's transforms and dual numbers inside compiled functions ask for rules that the operators do not have.
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return mkl_is_slow() and not transformed and torch.autograd.forward_ad._current_level < 0
+    return mkl_is_slow() and not _is_transformed()
 
 
 # torch.compiler.assume_constant_result, which would import the compiler: it is called and not looked into.
