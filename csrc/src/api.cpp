@@ -111,20 +111,20 @@ int64_t kilo(const char *variable, long otherwise) {
 }
 
 // Sizes for machines with other caches, and for tests, which cut small maps into many blocks and tasks with them.
+constexpr long least_cache = 512; // Zen 3; later cores have more
 int64_t cache_bytes() {
-    static const int64_t bytes = kilo("NBHD_CPU_CACHE_KB", 512); // Zen 3; later cores have more
+    static const int64_t bytes = kilo("NBHD_CPU_CACHE_KB", least_cache);
     return bytes;
 }
 // Half of the second-level cache, where the system says how large that is, and no more than a megabyte: a thread keeps as much.
 int64_t heads_cache_bytes() {
     static const int64_t bytes = [] {
-        constexpr int64_t most = 1 << 20;
-        int64_t half = 0;
+        constexpr long most = 1024;
+        long half = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-        half = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2;
+        half = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2 / 1024;
 #endif
-        if (half < cache_bytes() || getenv("NBHD_CPU_CACHE_KB")) return cache_bytes();
-        return half < most ? half : most;
+        return kilo("NBHD_CPU_CACHE_KB", half < least_cache ? least_cache : half < most ? half : most);
     }();
     return bytes;
 }

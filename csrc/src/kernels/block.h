@@ -269,13 +269,13 @@ static void take_more_heads(Plan &plan, const Problem &p, const Map &m, int64_t 
     const int rounds = plan.cuts > 1 ? 2 : 1;      // of a backward: even cuts, then odd ones
     const int64_t least_tasks = threads > 1 ? tasks_of_thread * rounds * threads : 1,
                   bytes = ring_bytes(p, m, plan, copies_transposed, copies_rows) + bias_bytes(p, m);
-    for (int more; plan.heads_per_task < p.kv_heads; plan.heads_per_task = more) {
-        more = 2 * plan.heads_per_task < p.kv_heads ? 2 * plan.heads_per_task : p.kv_heads;
-        Plan with_more = plan;
-        with_more.heads_per_task = more, with_more.head_groups = with_more.head_groups_of(p);
-        if (more * bytes > p.heads_cache_bytes || with_more.tasks() < least_tasks) break;
+    while (plan.heads_per_task < p.kv_heads) {
+        Plan more = plan;
+        more.heads_per_task = 2 * plan.heads_per_task < p.kv_heads ? 2 * plan.heads_per_task : p.kv_heads;
+        more.head_groups = more.head_groups_of(p);
+        if (more.heads_per_task * bytes > p.heads_cache_bytes || more.tasks() < least_tasks) return;
+        plan = more;
     }
-    plan.head_groups = plan.head_groups_of(p);
 }
 
 // `copies`: how many transposed and row-wise copies of a key's channels the pass keeps.
