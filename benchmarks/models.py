@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.subject import NotHere, Subject
-from nbhd.optimize import COMPILE_OPTIONS_ON_CPUS
+from nbhd.optimize import COMPILE_OPTIONS_ON_CPUS, optimize_for_inference
 
 LABELS = 1000
 
@@ -46,12 +46,17 @@ class ModelCase:
 CASES = {
     case.name: case
     for case in (
-        ModelCase("models/tiny-224-b8", ("nat-tiny", "swin-tiny", "convnext-tiny")),
+        ModelCase("models/tiny-224-b8", ("nat-tiny", "nat-tiny-optimized", "swin-tiny", "convnext-tiny")),
         ModelCase(
             "models/tiny-224-b8-bfloat16", ("nat-tiny-bfloat16", "nat-tiny", "swin-tiny-bfloat16"), is_default=False
         ),
         ModelCase("models/tiny-224-b8-compiled", ("nat-tiny-compiled", "nat-tiny"), is_default=False),
-        ModelCase("models/tiny-224-b1", ("nat-tiny", "swin-tiny", "convnext-tiny"), batch=1, is_default=False),
+        ModelCase(
+            "models/tiny-224-b1",
+            ("nat-tiny", "nat-tiny-optimized", "swin-tiny", "convnext-tiny"),
+            batch=1,
+            is_default=False,
+        ),
     )
 }
 
@@ -96,12 +101,13 @@ NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
 }
 
 #: What a network's name may end in.
-VARIANTS = ("bfloat16", "compiled")
+VARIANTS = ("bfloat16", "compiled", "optimized")
 
 TITLES = {
     "nat-tiny": "NAT-Tiny (nbhd)",
     "nat-tiny-bfloat16": "NAT-Tiny (nbhd), bfloat16",
     "nat-tiny-compiled": "NAT-Tiny (nbhd), torch.compile",
+    "nat-tiny-optimized": "NAT-Tiny (nbhd), optimize_for_inference",
     "swin-tiny": "Swin-T (transformers)",
     "swin-tiny-bfloat16": "Swin-T (transformers), bfloat16",
     "convnext-tiny": "ConvNeXt-T (transformers)",
@@ -119,13 +125,16 @@ def prepare(name: str, case: ModelCase) -> Subject:
     network = NETWORKS[kind](case.is_small)
     dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
     network = network.to(dtype)
+    if variant == "optimized":
+        network = optimize_for_inference(network, dtype=None)
     pixels = torch.randn(case.batch, 3, case.side, case.side, generator=torch.Generator().manual_seed(0)).to(dtype)
     if kind == "convnext-tiny":
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(case.batch) % LABELS
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
     called: Any = torch.compile(network, options=COMPILE_OPTIONS_ON_CPUS) if variant == "compiled" else network
-    # Lowering a network to its compiled form takes minutes for each mode; one is enough to say what it gains.
+    # Lowering a network to its compiled form takes minutes for each mode; one is enough to say what it gains. What is
+    # made for inference does not train.
     trains = variant == ""
 
     def infer() -> Tensor:

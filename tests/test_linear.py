@@ -355,13 +355,13 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], str]]
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     seen: list[tuple[tuple[int, ...], str]] = []
-    make = linear._in_one_piece
+    make = linear.in_one_piece
 
     def spy(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         seen.append((tuple(input.shape), activation))
         return make(input, weight, bias, activation)
 
-    monkeypatch.setattr(linear, "_in_one_piece", spy)
+    monkeypatch.setattr(linear, "in_one_piece", spy)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: True)
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
@@ -461,6 +461,10 @@ def test_nat_shows_what_is_before_its_gelu(pieces: list[tuple[tuple[int, ...], s
     first.dense.forward = lambda batch: seen.append(batch) or plain(batch)  # type: ignore[func-returns-value]
     assert gelus() == 3 and len(seen) == 3
     del first.dense.forward
+    own, first.dense.__class__ = first.dense.__class__, type("Own", (Linear,), {"forward": nn.Linear.forward})
+    assert gelus() == 3
+    first.dense.__class__ = own
+    assert gelus() == 4
     first.dense = nn.Sequential(first.dense)
     assert gelus() == 3
 

@@ -43,6 +43,10 @@ class Linear(nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]``."""
         return linear(input, self.weight, self.bias)
 
+    def with_gelu(self, input: Tensor) -> Tensor:
+        """The exact GELU of `forward`; see `linear_gelu` and `joins`."""
+        return linear_gelu(input, self.weight, self.bias)
+
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, by oneDNN where that is the faster library for it.
@@ -62,7 +66,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
     if not _makes_a_graph():
         if bias is not None and _takes_one_piece(input, weight, bias, TIMES_THE_WORK_FOR_A_BIAS):
-            return _in_one_piece(input, weight, bias, "none")
+            return in_one_piece(input, weight, bias, "none")
         # With gradients there are three products to prepare instead of one.
         return _by_either(input, weight, bias, times_the_work=2 if torch.is_grad_enabled() else 1)
     if _graph_takes_operator(input, weight):
@@ -72,19 +76,26 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def joins(layer: nn.Module, activation: nn.Module) -> bool:
-    """Whether `linear_gelu` may stand for a `Linear` and an exact GELU, and gains by it.
+    """Whether `Linear.with_gelu` may stand for a `Linear` and an exact GELU, and gains by it.
 
-    Not where a graph is made, and not where somebody waits for what is between the two: with hooks, or with a
-    ``forward`` put in the place of theirs, as adapters and offloading have them.
+    Not where a graph is made, and not where somebody waits for what is between the two: with hooks, with a ``forward``
+    put in the place of theirs, as adapters and offloading have them, or in a class that has a ``forward`` of its own
+    and no ``with_gelu``.
     """
     # the first of all for the same reason as in `linear`
-    if _makes_a_graph() or not one_piece_is_faster() or type(layer) is not Linear:
+    if _makes_a_graph() or not one_piece_is_faster() or not isinstance(layer, Linear):
         return False
-    return not any(
-        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-        or module._backward_hooks or module._backward_pre_hooks
-        for module in (layer, activation)
-    ) and not nn.modules.module._has_any_global_hook()  # fmt: skip
+    if "with_gelu" not in type(layer).__dict__:
+        return False
+    return is_plain(layer) and is_plain(activation) and not nn.modules.module._has_any_global_hook()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling ``module`` is calling its class's ``forward``: no hooks, no other ``forward`` in its place."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return "forward" not in module.__dict__ and not any(hooks)
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -96,28 +107,50 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Args and returned tensor: those of `linear`.
     """
     if not _makes_a_graph() and _takes_one_piece(input, weight, bias):
-        return _in_one_piece(input, weight, bias, "gelu")
+        return in_one_piece(input, weight, bias, "gelu")
     return functional.gelu(linear(input, weight, bias))
 
 
+def runs_in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `in_one_piece` may make a product here, and such kernels are the faster ones (`one_piece_is_faster`).
+
+    It may with float32 tensors in the CPU's memory, no gradient to come, in eager mode.
+    """
+    return (
+        not _makes_a_graph()
+        and one_piece_is_faster()
+        and bool(torch.backends.mkldnn.enabled)
+        and _suits(input, weight)
+        and _is_left_alone(input, weight, bias)
+    )
+
+
 def _takes_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int = 1) -> bool:
-    """Whether oneDNN may make the product and what follows in one kernel, and is the faster for it."""
-    if not one_piece_is_faster():
-        return False
+    """Whether the product is large enough for `in_one_piece` as well, with the weight as it lies."""
+    return (
+        one_piece_is_faster()
+        and _pays(input, weight, times_the_work, FEWEST_ROWS_IN_ONE_PIECE)
+        and _is_left_alone(input, weight, bias)
+    )
+
+
+def _is_left_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether no gradient is to come, and nobody watches what runs or takes it apart, who know plain operators only."""
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     return (
         not wants_gradient
-        and _pays(input, weight, times_the_work, FEWEST_ROWS_IN_ONE_PIECE)
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
-        # Whoever watches what runs, or takes it apart, knows the plain operators.
         and torch._C._len_torch_dispatch_stack() == 0
         and not _is_transformed()
     )
 
 
-def _in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """A product with its bias and ``"none"`` or ``"gelu"``, the exact one, as PyTorch's compiler calls it too."""
+def in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """A product with its bias and ``"none"`` or ``"gelu"``, the exact one, by one kernel of oneDNN's.
+
+    As PyTorch's compiler calls it too. ``weight`` as it lies, or packed (`nbhd.packed`).
+    """
     exact = "none" if activation == "gelu" else ""
     output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], exact)
     return output

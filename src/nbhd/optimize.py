@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.linear import Linear
+from nbhd.linear import Linear, is_plain
+from nbhd.packed import PackedConv2d, PackedLinear, packing_is_faster
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,7 +33,7 @@ class Step:
     """One thing that was or was not done, and why.
 
     Attributes:
-        name: ``"evaluation mode"``, ``"fused qkv"``, ``"dtype"`` or ``"compile"``.
+        name: ``"evaluation mode"``, ``"fused qkv"``, ``"dtype"``, ``"packed weights"`` or ``"compile"``.
         done: whether the model was changed.
         reason: in words.
     """
@@ -65,7 +66,9 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
     """Make a model fast to run, in place.
 
     Evaluation mode, no gradients; dropout and drop path taken out; the three products for query, key and value of each
-    neighborhood attention fused into one, whose result the operator reads through strided views, without copies.
+    neighborhood attention fused into one, whose result the operator reads through strided views, without copies. On
+    CPUs where it is faster (`nbhd.packed.packing_is_faster`), float32 weights are kept a second time, in the order they
+    are multiplied in.
 
     Args:
         model: `NatForImageClassification`, `NatModel`, `NatBackbone`, or any model with one of them inside. What is not
@@ -114,6 +117,7 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
         f"{fused} attentions make query, key and value in one product" if fused else "fused already",
     )
     _convert(model, dtype, report)
+    _pack(nats, compile, report)
     _compile(nats, compile, next(model.parameters()).device, report)
     model.inference_report = report  # type: ignore[assignment]
     return model
@@ -250,6 +254,46 @@ def bfloat16_gain() -> float:
 
     with torch.inference_mode():
         return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def _pack(nats: list[nn.Module], compile: bool, report: InferenceReport) -> None:
+    weight = next(nats[0].parameters())
+    reason = None
+    if compile:
+        reason = "compiled graphs have the plain layers"
+    elif weight.device.type != "cpu" or weight.dtype != torch.float32:
+        reason = f"for float32 on a CPU, not {_name(weight.dtype)} on {weight.device.type}"
+    elif not packing_is_faster():
+        reason = "not yet measured to be faster on this CPU"
+    if reason is not None:
+        report.add("packed weights", False, reason)
+        return
+    weights = [weight for nat in nats for weight in _pack_layers(nat)]
+    size = sum(weight.nbytes for weight in weights) / 2**20
+    report.add(
+        "packed weights",
+        bool(weights),
+        f"{len(weights)} layers keep their weights a second time from their first call on, {size:.3g} MiB in all"
+        if weights
+        else "packed already, or hooks are in the way",
+    )
+
+
+def _pack_layers(nat: nn.Module) -> list[Tensor]:
+    """Puts layers with packed weights in place, and returns their weights."""
+    weights: list[Any] = []
+    for module in list(nat.modules()):
+        for name, child in list(module.named_children()):
+            packed: nn.Module
+            if type(child) is Linear and is_plain(child):
+                packed = PackedLinear(child)
+            elif isinstance(child, nn.Conv2d) and PackedConv2d.suits(child) and is_plain(child):
+                packed = PackedConv2d(child)
+            else:
+                continue
+            setattr(module, name, packed)
+            weights.append(child.weight)
+    return weights
 
 
 def _compile(nats: list[nn.Module], wanted: bool, device: torch.device, report: InferenceReport) -> None:

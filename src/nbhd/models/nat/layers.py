@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.linear import Linear, joins, linear_gelu
+from nbhd.linear import Linear, joins
 from nbhd.models.nat.configuration_nat import NatConfig
 
 
@@ -197,7 +197,7 @@ class NatIntermediate(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dense, activation = self.dense, self.intermediate_act_fn
         if type(activation) is GELUActivation and joins(dense, activation):
-            return linear_gelu(hidden_states, dense.weight, dense.bias)
+            return dense.with_gelu(hidden_states)
         return activation(dense(hidden_states))
 
 
