@@ -73,6 +73,8 @@ WRONG = {
         dict(zip(("query", "key", "value"), (t.to(torch.float8_e4m3fn) for t in GOOD), strict=True), kernel_size=3),
         r"must be float64, float32, bfloat16 or float16, got torch.float8_e4m3fn",
     ),
+    "sparse": (dict(kernel_size=3, query=Q.to_sparse()), r"query must be a dense tensor, got layout torch.sparse_coo"),
+    "sparse value": (dict(kernel_size=3, value=V.to_sparse()), r"value must be a dense.*Pass value.to_dense\(\)"),
     "device mixed": (dict(kernel_size=3, key=K.to("meta")), r"key is on meta, query on cpu"),
 }
 
@@ -183,6 +185,7 @@ def test_the_log_sum_exp_merges_parts_of_an_attention_with_right_gradients():
     [
         {"kernel_size": 3.0},
         {"kernel_size": (3.0, 3)},
+        {"kernel_size": [3, 3.0]},
         {"kernel_size": 3, "stride": True},
         {"kernel_size": 3, "is_causal": 0},
     ],
@@ -190,8 +193,17 @@ def test_the_log_sum_exp_merges_parts_of_an_attention_with_right_gradients():
 def test_what_equals_a_good_argument_is_refused_after_it_too(bad):
     nbhd.na2d(Q, K, V, 3)
     nbhd.na2d(Q, K, V, (3, 3))
+    nbhd.na2d(Q, K, V, [3, 3])
     with pytest.raises(ArgumentError, match="must be"):
         nbhd.na2d(Q, K, V, **bad)
+
+
+def test_lists_are_remembered_as_tuples_are(monkeypatch):
+    """Configurations read from JSON have them; a call like an earlier one is checked no second time."""
+    expected = nbhd.na2d(Q, K, V, [3, 5], stride=[1, 1], dilation=[2, 1], is_causal=[True, False])
+    monkeypatch.setattr(nbhd.functional, "_check", None)
+    again = nbhd.na2d(Q, K, V, [3, 5], stride=[1, 1], dilation=[2, 1], is_causal=[True, False])
+    assert torch.equal(again, expected)
 
 
 def test_autocast_does_not_shorten_the_sums_of_the_reference():

@@ -186,6 +186,73 @@ def test_forward_mode_differentiation():
     torch.testing.assert_close(derivative, numeric, rtol=1e-6, atol=1e-8)
 
 
+def test_batches_of_gradients():
+    """``is_grads_batched``, which jacobian and hessian take with ``vectorize``, of either result."""
+    case, query, key, value, bias = arguments("2d-not-square")
+    inputs = (query, key, value, bias)
+    for which in (0, 1):
+        result = nbhd.na2d(query, key, value, *case.geometry, rel_pos_bias=bias, return_lse=True)[which]
+        batch = torch.randn(3, *result.shape, dtype=result.dtype)
+        wanted = [torch.autograd.grad(result, inputs, g, retain_graph=True, allow_unused=True) for g in batch]
+        found = torch.autograd.grad(result, inputs, batch, is_grads_batched=True, allow_unused=True)
+        for each, one_by_one in zip(found, zip(*wanted, strict=True), strict=True):
+            torch.testing.assert_close(each, torch.stack(one_by_one))
+    small = query[:, :3, :4].detach().requires_grad_()
+
+    def of_query(q):
+        return nbhd.na2d(q, small, small, 3).sum(-1)
+
+    jacobian = torch.autograd.functional.jacobian(of_query, small, vectorize=True)
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(of_query, small))
+
+
+def negated(tensor: Tensor) -> Tensor:
+    """The same numbers as a view of their opposites, as of ``x.conj().imag``."""
+    view = torch._neg_view(-tensor.detach())
+    assert view.is_neg() and view.data_ptr() != tensor.data_ptr()
+    return view
+
+
+def nowhere_aligned(tensor: Tensor) -> Tensor:
+    """The same numbers one byte further, as memory-mapped files have them."""
+    raw = bytearray(tensor.numel() * tensor.element_size() + 1)
+    copy = torch.frombuffer(raw, dtype=tensor.dtype, offset=1).view(tensor.shape)
+    assert copy.data_ptr() % tensor.element_size()
+    return copy.copy_(tensor.detach())
+
+
+@pytest.mark.parametrize("view", [negated, nowhere_aligned])
+def test_tensors_whose_memory_is_not_what_they_are(view):
+    case, query, key, value, bias = arguments("2d-not-square", torch.float32)
+    plain = (query, key, value, bias)
+    odd = [view(t).requires_grad_() for t in plain]
+    results = [
+        nbhd.na2d(q, k, v, *case.geometry, rel_pos_bias=b, return_lse=True) for q, k, v, b in (plain, odd, plain)
+    ]
+    d_out, d_lse = (torch.randn_like(t) for t in results[0])
+    expected = torch.autograd.grad(results[0], plain, (d_out, d_lse))
+    found = torch.autograd.grad(results[1], odd, (view(d_out), view(d_lse)))
+    also = torch.autograd.grad(results[2], plain, (view(d_out), view(d_lse)))  # odd gradients alone
+    for one, other, third in zip(expected, found, also, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0)
+        torch.testing.assert_close(third, one, rtol=0, atol=0)
+    weights = nbhd.attention_weights(query, key, *case.geometry)
+    torch.testing.assert_close(nbhd.attention_weights(view(query), view(key), *case.geometry), weights)
+    torch.testing.assert_close(
+        nbhd.apply_attention_weights(view(weights), view(value), *case.geometry),
+        nbhd.apply_attention_weights(weights, value, *case.geometry),
+    )
+
+
+def test_zeros_that_have_no_memory():
+    case, query, key, value, _ = arguments("2d-not-square", torch.float32)
+    zeros = torch._efficientzerotensor(value.shape)
+    assert zeros._is_zerotensor()
+    assert nbhd.na2d(query, key, zeros, *case.geometry).abs().sum() == 0
+    out = nbhd.na2d(query, key, value, *case.geometry)
+    assert torch.autograd.grad(out, value, torch._efficientzerotensor(out.shape))[0].abs().sum() == 0
+
+
 def test_only_the_log_sum_exp_in_use():
     case, query, key, value, bias = arguments("2d-not-square")
     _, lse = nbhd.na2d(query, key, value, *case.geometry, rel_pos_bias=bias, return_lse=True)

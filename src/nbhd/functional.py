@@ -316,6 +316,8 @@ def _signature(
     """All that checks, the choice of a backend and its preparations depend on; None if that cannot be told."""
     # 3.0 equals 3 and True equals 1, but they are refused
     kinds = tuple(map(_kind_of_parameter, (kernel_size, stride, dilation, is_causal)))
+    if list in map(type, (kernel_size, stride, dilation, is_causal)):  # as a configuration read from JSON has them
+        kernel_size, stride, dilation, is_causal = map(_hashable, (kernel_size, stride, dilation, is_causal))
     try:
         signature = (
             axes, kernel_size, stride, dilation, is_causal, scale, backend, kinds,
@@ -331,7 +333,8 @@ def _signature(
 
 
 def _kind_of_parameter(parameter: Any) -> Any:
-    return tuple(map(type, parameter)) if type(parameter) is tuple else type(parameter)
+    kind = type(parameter)
+    return (kind, *map(type, parameter)) if kind is tuple or kind is list else kind
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -511,6 +514,11 @@ def _per_axis_bools(given: Any, axes: int) -> tuple[bool, ...]:
 
 
 def _same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    for each_name, each in ((other_name, other), (name, tensor)):
+        if each.layout is not torch.strided:
+            raise ArgumentError(
+                f"{each_name} must be a dense tensor, got layout {each.layout}. Pass {each_name}.to_dense()."
+            )
     if tensor.dtype not in DTYPES:
         raise ArgumentError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}.")
     if tensor.dtype != other.dtype:

@@ -59,8 +59,14 @@ def flat(neighborhood: Neighborhood) -> tuple[tuple[int, ...], tuple[int, ...], 
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, which is all the layout that backends may rely on."""
+    """The tensor with its last axis contiguous and no sign to be changed, which is all that backends may rely on."""
+    if tensor.is_neg():  # a view such as that of conj().imag: its memory holds the opposite
+        tensor = tensor.resolve_neg()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _resolved(tensor: Grad) -> Grad:
+    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
 
 
 def _bias_gradient(bias: Tensor | None, like: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ class PreparedCall:
     ) -> tuple[Tensor, Any]:
         if self.empty:
             return _na_forward_fake(query, key, value)
-        out, lse = self.run.forward(_rows(query), _rows(key), _rows(value), rel_pos_bias, with_lse)
+        out, lse = self.run.forward(_rows(query), _rows(key), _rows(value), _resolved(rel_pos_bias), with_lse)
         return out, lse
 
     def backward(
@@ -150,7 +156,7 @@ class PreparedCall:
             return _no_gradients(query, key, value, rel_pos_bias)
         d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
         d_query, d_key, d_value, d_bias = self.run.backward(
-            d_out, d_lse, _rows(query), _rows(key), _rows(value), rel_pos_bias, out, lse
+            d_out, _resolved(d_lse), _rows(query), _rows(key), _rows(value), _resolved(rel_pos_bias), out, lse
         )
         return d_query, d_key, d_value, d_bias
 
@@ -186,6 +192,13 @@ def is_watched(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor |
         or torch._C._get_tracing_state() is not None  # torch.jit.trace would record the empty output, and no kernel
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _is_special(gradient: Grad) -> bool:
+    """Whether a gradient is of a subclass, or a batch of gradients as ``is_grads_batched`` has them."""
+    return gradient is not None and (
+        type(gradient) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(gradient)
     )
 
 
@@ -270,7 +283,7 @@ class _Attend(torch.autograd.Function):
         call: PreparedCall = ctx.call
         given = (d_out, d_lse, query, key, value, rel_pos_bias, out, lse)
         # Where grad is enabled the gradient itself is to be differentiated, which the op knows how to.
-        if torch.is_grad_enabled() or is_watched(query, key, value, d_lse if d_out is None else d_out):
+        if torch.is_grad_enabled() or is_watched(query, key, value, None) or _is_special(d_out) or _is_special(d_lse):
             neighborhood, scale = call.arguments
             *gradients, d_bias = torch.ops.nbhd.na_backward(*given, *flat(neighborhood), scale, call.backend)
         else:

@@ -41,6 +41,8 @@ _NO_TENSOR = (0,) * 6
 _NO_TENSORS = bytes(_TENSORS.size)
 _NO_WEIGHTS = bytes(_WEIGHTS.size)
 
+_BAD_POINTER = 5
+
 
 class _Library:
     """The loaded library and what torch lends it."""
@@ -106,7 +108,12 @@ def _load() -> _Library | str:
                 wanted = os.environ.get("NBHD_CPU_ISA")
                 return f"the native library has no kernels for this machine, or none for NBHD_CPU_ISA={wanted!r}."
             return library
-    return f"there is no native library at {tried[0]}: this copy of nbhd was built without a C++ compiler."
+    if os.environ.get("NBHD_CPU_LIBRARY"):
+        return f"there is no native library at {tried[0]}, which NBHD_CPU_LIBRARY names."
+    return (
+        f"there is no native library at {tried[0]}: this copy of nbhd was built where there was no suitable C++ "
+        "compiler, or for another processor."
+    )
 
 
 def why_unusable() -> str | None:
@@ -138,13 +145,16 @@ _Layout = tuple[torch.Size, tuple[int, ...]]
 class PreparedCall:
     """Forward and backward for tensors laid out like the given ones: all of the struct is packed but the pointers."""
 
-    __slots__ = ("_dense", "_gradient_strides", "_header", "_library", "_lse", "_out", "_strides", "_tables")
+    __slots__ = (
+        "_arguments", "_dense", "_gradient_strides", "_header", "_library", "_lse", "_out", "_strides", "_tables",
+    )  # fmt: skip
 
     def __init__(
         self, dtype: torch.dtype, query: _Layout, key: _Layout, value: _Layout, neighborhood: Neighborhood,
         scale: float,
     ) -> None:  # fmt: skip
         self._library = _library()
+        self._arguments = neighborhood, scale
         heads, dim_v = key[0][-2], value[0][-1]
         # the header points into the tables
         self._header, self._tables = _geometry(dtype, query[0], heads, dim_v, neighborhood, scale)
@@ -181,7 +191,8 @@ class PreparedCall:
             + _NO_WEIGHTS
         )  # fmt: skip
         if status:
-            _refused(library, status)
+            query, key, value, bias = _usable(library, status, query, key, value, bias)
+            return forward(query, key, value, bias, *self._arguments)
         return out, lse
 
     def backward(
@@ -215,7 +226,12 @@ class PreparedCall:
             + _NO_WEIGHTS
         )  # fmt: skip
         if status:
-            _refused(library, status)
+            d_out, d_lse, query, key, value, bias, lse = _usable(
+                library, status, d_out, d_lse, query, key, value, bias, lse
+            )
+            d_query, d_key, d_value, d_bias = backward(
+                d_out, d_lse, query, key, value, bias, out, lse, *self._arguments
+            )
         if d_bias is not None and rel_pos_bias is not None:
             d_bias = d_bias.to(rel_pos_bias.dtype)
         return d_query, d_key, d_value, d_bias
@@ -318,19 +334,26 @@ def _run(
 ) -> None:  # fmt: skip
     """A half: the geometry of these tensors; ``first`` and ``gradients`` are in the struct's order."""
     library = _library()
+    copies: list[Tensor] = []  # of what the library would not take; they live until the call is over
+
+    def numbers_of(tensor: Tensor | None) -> tuple[int, ...]:
+        if tensor is None:
+            return _NO_TENSOR
+        copies.append(_aligned(tensor))
+        return _tensor(copies[-1])
 
     def tensors(given: tuple[Tensor | None, ...], last: Tensor | None) -> bytes:
         numbers: list[int] = []
         for tensor in (*given, *(None,) * (4 - len(given))):
-            numbers += _NO_TENSOR if tensor is None else _tensor(tensor)
-        return _TENSORS.pack(*numbers, 0, 0 if last is None else last.data_ptr())
+            numbers += numbers_of(tensor)
+        return _TENSORS.pack(*numbers, 0, numbers_of(last)[0])
 
     status = entry(
         _header(query, key, value, neighborhood, scale)
         + tensors(first, bias)
         + tensors(gradients, d_bias)
         + _THREADS.pack(library.parallel_for, torch.get_num_threads())
-        + _WEIGHTS.pack(*(n for t in (weights, d_weights) for n in (_NO_TENSOR if t is None else _tensor(t))))
+        + _WEIGHTS.pack(*numbers_of(weights), *numbers_of(d_weights))
     )
     if status:
         _refused(library, status)
@@ -345,6 +368,22 @@ def _library() -> _Library:
 
 def _refused(library: _Library, status: int) -> None:
     raise BackendError(f"the native core refused the call: {library.status_text(status).decode()} (status {status}).")
+
+
+def _usable(library: _Library, status: int, *tensors: Tensor | None) -> Any:
+    """The tensors of a call that was refused, in memory that the library takes. Raises BackendError if it was that."""
+    aligned = [None if t is None else _aligned(t) for t in tensors]
+    if status != _BAD_POINTER or all(a is t for a, t in zip(aligned, tensors, strict=True)):
+        _refused(library, status)
+    return aligned
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it lies at odd bytes of a file or, being all zeros, nowhere."""
+    pointer = tensor.data_ptr()
+    if (pointer and not pointer % tensor.element_size()) or not tensor.numel():
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 def _rows(tensor: Tensor) -> Tensor:
