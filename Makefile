@@ -4,7 +4,8 @@
 #   make test     the tests
 #   make test-hf  transformers' own common tests on our models; needs the package index
 #   make check    lint, format, types, import contracts, C++ format
-#   make native   the C++ core alone, with its tests (make sanitize: the same under sanitizers)
+#   make native   the C++ core alone, with its tests (make sanitize: the same under sanitizers; make native-arm: for Arm,
+#                 under an emulator)
 #   make wheel    the wheel and the source distribution, in dist/
 #   make bench    time the operator against its peers
 #   make gpu-check  on a GPU: are its kernels right, and how fast; one JSON in under ten minutes
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-floor test-hf check native sanitize wheel bench gpu-check gpu-tune gpu-code format clean
+.PHONY: demo test test-floor test-hf check native native-arm sanitize wheel bench gpu-check gpu-tune gpu-code format clean
 
 demo: $(VENV)/.base
 	$(BIN)/nbhd classify examples/photos
@@ -50,9 +51,16 @@ native: $(VENV)/.dev
 	$(BIN)/cmake --build build/cpu
 	$(BIN)/ctest --test-dir build/cpu --output-on-failure
 
+# The same tests for NEON under an emulator, with fewer geometries: it is slow.
+native-arm: $(VENV)/.dev
+	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/cmake/aarch64.cmake -DNBHD_FUZZ_CASES=400
+	$(BIN)/cmake --build build/arm
+	$(BIN)/ctest --test-dir build/arm --output-on-failure
+
 # The same tests under the address, undefined-behaviour and thread sanitizers. About a quarter of an hour on two cores.
 sanitize: $(VENV)/.dev
-	$(BIN)/python csrc/tests/check.py
+	$(BIN)/python csrc/tests/check.py $(ARGS)
 
 wheel: $(VENV)/.dev
 	rm -rf dist

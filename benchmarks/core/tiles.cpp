@@ -134,7 +134,8 @@ int main(int argc, char **argv) {
             printf("rows %d to %d, %d queries of tile %d\n", y, y + tile_rows - 1, c.n, i);
             print("  scores", shortest([&] {
                       tile_scores(TileScores{&t, t.key, t.key + t.key_rows, &c, &f.keys, 0, f.query, 1, &f.bias, 0,
-                                             window, window, row_scores, f.scores, f.maximum, &nothing_ahead});
+                                             window, window, row_scores, f.scores, f.maximum, &nothing_ahead, 0,
+                                             score_words(dim)});
                   }),
                   products);
             print("  exponentials", shortest([&] {

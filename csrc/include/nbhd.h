@@ -1,8 +1,8 @@
 /* nbhd: neighborhood attention on CPUs, the C interface.
  *
- * One call is one struct passed by pointer. Its first field is its size, so that a library can serve callers built
- * against an older header. Every entry point checks what it is given and answers with a status; none throws, aborts or
- * keeps a pointer after it returns.
+ * One call is one struct passed by pointer. Its first field is its size: a caller built against a newer header, whose
+ * struct is longer, is served if what this library does not know is zero; a shorter struct is refused. Every entry
+ * point checks what it is given and answers with a status; none throws, aborts or keeps a pointer after it returns.
  *
  * Axes are always three, [Z, Y, X]; a 2D map has length 1 and kernel size 1 along Z, a sequence along Z and Y.
  */
@@ -35,7 +35,7 @@ enum {
     NBHD_BAD_GEOMETRY = 4, /* an axis table with an interval outside the axis, or out of order */
     NBHD_BAD_POINTER = 5,  /* a required pointer is null or misaligned for its type */
     NBHD_OUT_OF_MEMORY = 6,
-    NBHD_UNSUPPORTED = 7 /* no kernels for this machine, or a struct field from the future is in use */
+    NBHD_UNSUPPORTED = 7 /* no kernels for this machine or NBHD_CPU_ISA, or a field from the future is in use */
 };
 
 enum { NBHD_FLOAT32 = 0, NBHD_BFLOAT16 = 1, NBHD_FLOAT16 = 2, NBHD_FLOAT64 = 3 };

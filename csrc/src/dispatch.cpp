@@ -7,30 +7,47 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 namespace nbhd {
 
-#if defined(__x86_64__) || defined(_M_X64)
-static bool has_baseline() { // x86-64-v2
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+#if defined(__x86_64__)
+// What the compilers' __builtin_cpu_supports does takes a library of theirs that not every linker is given (clang-cl's is not).
+struct Leaf {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+};
+static Leaf cpuid(unsigned leaf, unsigned part = 0) {
+    Leaf l;
+    if (!__get_cpuid_count(leaf, part, &l.a, &l.b, &l.c, &l.d)) return {};
+    return l;
 }
-// Not among the features that Clang before 18 knows by name.
-[[maybe_unused]] static bool has_f16c() {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+static bool has(unsigned word, std::initializer_list<int> bits) {
+    for (int bit : bits)
+        if (!(word >> bit & 1)) return false;
+    return true;
 }
+// Whether the operating system keeps these registers when it changes threads: bits of XCR0.
+static bool keeps(unsigned registers) {
+    if (!has(cpuid(1).c, {27})) return false; // OSXSAVE
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & registers) == registers;
+}
+// x86-64-v2: SSE3 to SSE4.2, cmpxchg16b, popcnt
+static bool has_baseline() { return has(cpuid(1).c, {0, 9, 13, 19, 20, 23}); }
+// FMA, AVX, F16C; AVX2, BMI2
 [[maybe_unused]] static bool has_avx2() {
-    return has_baseline() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
-           __builtin_cpu_supports("bmi2");
+    return has_baseline() && keeps(0x6) && has(cpuid(1).c, {12, 28, 29}) && has(cpuid(7).b, {5, 8});
 }
-[[maybe_unused]] static bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-[[maybe_unused]] static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// F, DQ, BW, VL
+[[maybe_unused]] static bool has_avx512() { return has_avx2() && keeps(0xe6) && has(cpuid(7).b, {16, 17, 30, 31}); }
+[[maybe_unused]] static bool has_avx512bf16() { return has_avx512() && has(cpuid(7, 1).a, {5}); }
 // Intel's cores have one port for products of pairs and two for others: no more products, and 10 to 15 % more time.
-[[maybe_unused]] static bool pairs_are_faster() { return __builtin_cpu_is("amd"); }
+[[maybe_unused]] static bool pairs_are_faster() {
+    const Leaf maker = cpuid(0);
+    const unsigned amd[3] = {0x68747541, 0x69746e65, 0x444d4163}; // "AuthenticAMD"
+    return maker.b == amd[0] && maker.d == amd[1] && maker.c == amd[2];
+}
 #endif
 [[maybe_unused]] static bool always() { return true; }
 

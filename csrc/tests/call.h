@@ -89,6 +89,19 @@ struct Stored {
     void set(std::vector<double> &x) { // rounds x to what is stored
         for (size_t i = 0; i < x.size(); i++) put(at(int64_t(i)), dtype, x[i]), x[i] = get(at(int64_t(i)), dtype);
     }
+    // Whether what lies between its numbers is as it was made.
+    bool gaps_are_untouched() const {
+        std::vector<bool> is_number(memory.size());
+        int64_t n = 1;
+        for (int64_t length : shape) n *= length;
+        for (int64_t i = 0; i < n; i++) {
+            const size_t first = size_t((unsigned char *)at(i) - memory.data());
+            std::fill_n(is_number.begin() + int64_t(first), element_size(dtype), true);
+        }
+        for (size_t i = 0; i < memory.size(); i++)
+            if (!is_number[i] && memory[i] != 0xff) return false;
+        return true;
+    }
     std::vector<double> values(size_t n) const {
         std::vector<double> x(n);
         for (size_t i = 0; i < n; i++) x[i] = get(at(int64_t(i)), dtype);
@@ -153,6 +166,20 @@ struct Prepared {
         call.d_query = d_query.view, call.d_key = d_key.view, call.d_value = d_value.view;
         call.lse = lse.data(), call.d_lse = c.d_lse ? d_lse.data() : nullptr;
         call.rel_pos_bias = c.bias ? bias.data() : nullptr, call.d_rel_pos_bias = c.bias ? d_bias.data() : nullptr;
+    }
+    // A copy's call still points to what it was copied from.
+    void point_to_own_memory() {
+        call.query.data = query.memory.data(), call.key.data = key.memory.data(), call.value.data = value.memory.data();
+        call.out.data = out.memory.data(), call.d_out.data = d_out.memory.data();
+        call.d_query.data = d_query.memory.data(), call.d_key.data = d_key.memory.data();
+        call.d_value.data = d_value.memory.data(), call.lse = lse.data();
+        call.weights.data = weights.memory.data(), call.d_weights.data = d_weights.memory.data();
+        if (call.d_rel_pos_bias) call.d_rel_pos_bias = d_bias.data();
+    }
+    bool gaps_are_untouched() const {
+        for (const Stored *t : {&out, &d_query, &d_key, &d_value, &d_weights})
+            if (!t->gaps_are_untouched()) return false;
+        return true;
     }
     std::vector<double> reals(const std::vector<unsigned char> &m) const {
         std::vector<double> x(m.size() / element_size(real));

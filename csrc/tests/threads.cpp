@@ -11,14 +11,31 @@
 namespace {
 
 struct Result {
-    std::vector<unsigned char> out, lse, d_query, d_key, d_value, d_bias;
+    std::vector<unsigned char> out, lse, d_query, d_key, d_value, d_bias, scores, d_weights;
     bool operator==(const Result &) const = default;
 };
 
 Result run(Prepared &p, int64_t threads) {
     p.call.threads = threads;
     if (nbhd_forward(&p.call) || nbhd_backward(&p.call)) return {};
-    return {p.out.memory, p.lse, p.d_query.memory, p.d_key.memory, p.d_value.memory, p.d_bias};
+    return {p.out.memory, p.lse, p.d_query.memory, p.d_key.memory, p.d_value.memory, p.d_bias, {}, {}};
+}
+
+// The unfused pair, with weights and their gradients as given.
+Result run_pair(Prepared p, int64_t threads) {
+    const std::vector<unsigned char> given = p.weights.memory, d_given = p.d_weights.memory;
+    const nbhd_tensor none{};
+    p.point_to_own_memory(), p.call.threads = threads;
+    nbhd_call c = p.call;
+    c.value = c.out = c.d_out = c.d_value = none, c.lse = nullptr, c.d_lse = nullptr;
+    if (nbhd_scores_backward(&c) || nbhd_scores(&c)) return {};
+    Result r{{}, {}, p.d_query.memory, p.d_key.memory, {}, p.d_bias, p.weights.memory, {}};
+    p.weights.memory = given;
+    c = p.call;
+    c.query = c.key = c.d_query = c.d_key = none, c.lse = nullptr, c.d_lse = nullptr, c.rel_pos_bias = nullptr;
+    if (nbhd_weighted_sum(&c) || nbhd_weighted_sum_backward(&c)) return {};
+    r.out = p.out.memory, r.d_value = p.d_value.memory, r.d_weights = p.d_weights.memory;
+    return r;
 }
 
 } // namespace
@@ -46,16 +63,15 @@ int main(int argc, char **argv) {
             for (int64_t threads : {1, 2, 3, 7})
                 if (once.out.empty() || run(p, threads) != once)
                     printf("case %d dtype %d: %d threads differ\n", which, int(dtype), int(threads)), failures++;
+            p.weights.set(p.pair.weights), p.d_weights.set(p.pair.d_scores);
+            const Result pair = run_pair(p, 1);
+            for (int64_t threads : {1, 2, 3, 7})
+                if (pair.out.empty() || run_pair(p, threads) != pair)
+                    printf("case %d dtype %d: the pair with %d threads differs\n", which, int(dtype), int(threads)),
+                        failures++;
             // two callers at once, each with threads
             Prepared a = p, b = p;
-            for (Prepared *q : {&a, &b}) { // the copies own their memory, the calls must point there
-                q->call.query.data = q->query.memory.data(), q->call.key.data = q->key.memory.data(),
-                q->call.value.data = q->value.memory.data();
-                q->call.out.data = q->out.memory.data(), q->call.d_out.data = q->d_out.memory.data();
-                q->call.d_query.data = q->d_query.memory.data(), q->call.d_key.data = q->d_key.memory.data();
-                q->call.d_value.data = q->d_value.memory.data(), q->call.lse = q->lse.data(),
-                q->call.d_rel_pos_bias = q->d_bias.data();
-            }
+            a.point_to_own_memory(), b.point_to_own_memory();
             Result ra, rb;
             std::thread other([&] { ra = run(a, 2); });
             rb = run(b, 2);

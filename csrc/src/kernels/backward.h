@@ -26,7 +26,7 @@ struct BackwardBuffers {
     BiasTables bias;
     int strip;                                     // column tiles at a time, for which the buffers below are
     Real *query, *d_out, *query_rows, *d_out_rows; // [tile][row][channel][lane], [tile][row][query][channel]
-    Real *scores, *d_scores, *out;
+    Real *scores, *d_scores, *part, *out;
     int *slot_order; // of the halves
 };
 
@@ -61,6 +61,7 @@ static void lay_out(BackwardBuffers &f, Arena &arena, const Problem &p, const Ma
     }
     lay_out_bias(f.bias, arena, p, heads, f.tiles, f.ring.heads, true);
     f.d_scores = arena.take<Real>(strip_rows * p.window() * lanes);
+    if (sums_in_parts(f.keys) || sums_in_parts(f.values)) f.part = arena.take<Real>(strip_rows * p.window() * lanes);
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim));
 }
 
@@ -178,10 +179,10 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
     TileScores scores{&t,         nullptr,  nullptr, nullptr,    &f.keys,          local_kv_head,
                       f.query,    factor,   &f.bias, local_head, p.axis[2].kernel, p.axis[1].kernel,
                       row_scores, f.scores, nullptr, &ahead};
-    if (attention) strip_scores(scores, columns, n, most_rows * query_row, tile_scores);
+    if (attention) all_scores(scores, columns, n, most_rows * query_row, tile_scores, f.part);
     scores.keys = &f.values, scores.query = f.d_out, scores.factor = 1, scores.bias = nullptr,
     scores.scores = f.d_scores;
-    if (has_values) strip_scores(scores, columns, n, most_rows * d_out_row, tile_scores);
+    if (has_values) all_scores(scores, columns, n, most_rows * d_out_row, tile_scores, f.part);
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];
         const bool holes = has_holes(t, c, p);

@@ -21,9 +21,14 @@ struct ForwardBuffers {
     KeyRow *key_rows;
     BiasTables bias;
     int strip; // column tiles at a time; the next three are for all of them
-    Real *query, *scores, *maximum, *normaliser, *out;
+    Real *query, *scores, *part, *maximum, *normaliser, *out;
     int *slot_order; // of the halves
 };
+
+// Channels (or pairs of them) whose products are summed one after another. The rounding errors of a chain grow with its length, so
+// longer sums are made of parts.
+constexpr int longest_sum = 64;
+static bool sums_in_parts(const PackedKeys &keys) { return keys.words() > longest_sum; }
 
 // Column tiles of a block; counted when sizes are, and made with the memory.
 static void lay_out_columns(ColumnTiles &n, ColumnTile *&tiles, Arena &arena, const Map &m, const Block &b, int heads) {
@@ -66,6 +71,7 @@ static void lay_out(ForwardBuffers &f, Arena &arena, const Problem &p, const Map
     const int64_t strip_rows = f.strip * most_query_rows(p);
     f.query = arena.take<Real>(strip_rows * score_words(p.dim) * lanes);
     f.scores = arena.take<Real>(strip_rows * p.window() * lanes);
+    if (sums_in_parts(f.keys)) f.part = arena.take<Real>(strip_rows * p.window() * lanes);
     f.maximum = arena.take<Real>(f.strip * tile_rows * lanes);
     f.normaliser = arena.take<Real>(tile_rows * lanes);
     f.out = arena.take<Real>(tile_rows * lanes * round_up(p.dim_v));
@@ -87,6 +93,7 @@ struct TileScores {
     Real *scores;       // [row][slot][lane]
     Real *maximum;      // or null
     Ahead *ahead;
+    int first_word = 0, words = 0; // channels or pairs of them; `query` begins with the first
 };
 
 // Rows of keys that a strip of column tiles takes from the first-level cache.
@@ -103,10 +110,10 @@ static void tile_scores_as(const TileScores &s) {
     ScoreRow b;
     b.score_step = kernel ? kernel * lanes : s.kernel_y * lanes;
     b.bias_step = biased && s.bias->expanded ? s.bias->rows_y * lanes : b.score_step;
-    b.query_row = (int64_t)keys.words() * lanes, b.pitch = keys.pitch, b.channels = keys.words(), b.factor = s.factor,
+    b.query_row = (int64_t)keys.words() * lanes, b.pitch = keys.pitch, b.channels = s.words, b.factor = s.factor,
     b.index = &c.index, b.maximum_row = lanes, b.ahead = s.ahead;
     b.start = !biased ? Start::zero : c.bias_set ? Start::by_lane : Start::shared;
-    const Real *const key_base = keys.row(s.kv_head, 0) + heads * c.origin;
+    const Real *const key_base = keys.row(s.kv_head, 0) + s.first_word * b.pitch + heads * c.origin;
     const int64_t key_row = keys.row_size();
     const int table = biased ? s.bias->table_of(s.head) : 0;
     Real *scores[tile_rows];
@@ -208,11 +215,11 @@ static void group_scores_as(const TileScores &s, TileGroup g, int64_t query_tile
     const bool biased = s.bias && s.bias->present;
     ScoreRow b;
     b.score_step = s.kernel_y * lanes, b.bias_step = 1;
-    b.query_row = query_tile, b.pitch = keys.pitch, b.channels = keys.words(), b.factor = s.factor, b.index = &c.index;
+    b.query_row = query_tile, b.pitch = keys.pitch, b.channels = s.words, b.factor = s.factor, b.index = &c.index;
     b.maximum_row = tile_rows * lanes, b.ahead = s.ahead;
     b.start = biased ? Start::shared : Start::zero;
     for (const KeyRow *key = s.begin; key < s.end; key++) {
-        b.keys = keys.row(s.kv_head, key->ring) + c.origin;
+        b.keys = keys.row(s.kv_head, key->ring) + s.first_word * b.pitch + c.origin;
         // the keys between two of the 2 * tiles borders of windows have the same tiles
         for (int part = 0; part < 2 * g.tiles - 1; part++) {
             if (!g.advance && part) break;
@@ -272,6 +279,30 @@ static void strip_scores(TileScores s, const ColumnTile *columns, int n, int64_t
     }
 }
 
+// The same of all channels, by parts where they are many: `part` is as large as the scores.
+static void all_scores(TileScores s, const ColumnTile *columns, int n, int64_t query_tile, int64_t score_tile,
+                       Real *part) {
+    const int words = s.keys->words(), slots = int(s.row_scores / lanes);
+    Real *const maximum = s.maximum;
+    s.words = words < longest_sum ? words : longest_sum;
+    if (words > longest_sum) s.maximum = nullptr;
+    strip_scores(s, columns, n, query_tile, score_tile);
+    TileScores more = s;
+    more.bias = nullptr, more.scores = part;
+    for (int w = longest_sum; w < words; w += longest_sum) {
+        more.first_word = w, more.words = words - w < longest_sum ? words - w : longest_sum;
+        more.query = s.query + (int64_t)w * lanes;
+        strip_scores(more, columns, n, query_tile, score_tile);
+        const bool is_last = w + more.words == words;
+        for (int64_t k = 0; k < n; k++)
+            for (int r = 0; r < s.rows->n; r++) {
+                const int64_t row = k * score_tile + r * s.row_scores;
+                const Vec m = add_scores(part + row, slots, s.scores + row);
+                if (is_last && maximum) store(maximum + (k * tile_rows + r) * lanes, m);
+            }
+    }
+}
+
 template <class T>
 struct ForwardViews {
     View<const T> query, key, value, read_weights;
@@ -313,10 +344,10 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
                 ahead.step();
             }
         }
-        strip_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, factor, &f.bias,
-                                local_head, p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,
-                                p.part == Part::attention ? f.maximum : nullptr, &ahead},
-                     columns, n, tile_query, tile_scores);
+        all_scores(TileScores{&t, nullptr, nullptr, nullptr, &f.keys, local_kv_head, f.query, factor, &f.bias,
+                              local_head, p.axis[2].kernel, p.axis[1].kernel, row_scores, f.scores,
+                              p.part == Part::attention ? f.maximum : nullptr, &ahead},
+                   columns, n, tile_query, tile_scores, f.part);
     }
     for (int k = 0; k < n; k++) {
         const ColumnTile &c = columns[k];

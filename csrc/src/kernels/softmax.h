@@ -91,8 +91,14 @@ static void score_gradient_and_add(const Real *weights, Real *d_weights, int slo
     }
 }
 
-static void add_scores(const Real *d_scores, int slots, Real *sum) {
-    for (int i = 0; i < slots; i++) store(sum + i * lanes, load(sum + i * lanes) + load(d_scores + i * lanes));
+// sum += scores; returns the largest sum.
+static Vec add_scores(const Real *scores, int slots, Real *sum) {
+    Vec m = splat(nothing);
+    for (int i = 0; i < slots; i++) {
+        const Vec s = load(sum + i * lanes) + load(scores + i * lanes);
+        store(sum + i * lanes, s), m = max(m, s);
+    }
+    return m;
 }
 
 } // namespace nbhd::NBHD_ISA
