@@ -13,6 +13,8 @@ Needs Triton, on Linux. About half an hour the first time on one core; Triton ke
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -83,8 +85,26 @@ def lines() -> Iterator[Line]:
                     continue
                 if (kind in WITHOUT_BIAS and has_bias) or (kind in FOR_THE_BIAS and not has_bias):
                     continue
-                for precision in ("ieee", "tf32") if row.bits == 32 else ("ieee",):
+                has_tf32 = row.bits == 32 and any(configurations.runs_on(row, vendor) for vendor in ("cuda", "hopper"))
+                for precision in ("ieee", "tf32") if has_tf32 else ("ieee",):
                     yield Line(row, kind, has_bias, precision)
+
+
+def sources() -> str:
+    """A digest of what decides the machine code: the kernels and the shapes of their boxes, without comments, and the
+    rows, without what is compiled from them. It is kept with the results, so that a test sees when they are old.
+    """
+    folder = configurations.PATH.parent
+    digest = hashlib.sha256()
+    for path in (*sorted(folder.glob("*kernels.py")), *sorted(folder.glob("*tiles.py")), folder / "boxes.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+        digest.update(ast.unparse(tree).encode())
+    for row in configurations.rows():
+        digest.update(repr({**vars(row), "cost": None, "shared": None}).encode())
+    return digest.hexdigest()[:16]
 
 
 def compile_line(line: Line, target: str, *, anyway: bool = False) -> Any:
@@ -109,8 +129,8 @@ def compile_line(line: Line, target: str, *, anyway: bool = False) -> Any:
 #: Most bytes that a thread of a row may spill. The float32 backward with more than 128 channels holds all of them in
 #: registers. The others spill nearly all outside their inner loops (``turn`` in the results; a test holds them to it).
 MAY_SPILL = {
-    "ql32-256": 600, "kl32-256": 100, "ko16-32-two": 200, "kl16-128": 140, "kl16-64-hopper": 40, "kl16-128-amd": 40,
-    "fl16-256": 60, "ko32-32": 100, "tl16-128": 240, "tl16-256": 240, "tl32-256": 300,
+    "ql32-256": 600, "kl32-256": 100, "ko16-32-two": 200, "ko16-64": 40, "kl16-128": 140, "kl16-64-hopper": 40,
+    "kl16-128-amd": 60, "fl16-256": 60, "ko32-32": 100, "tl16-128": 240, "tl16-256": 240, "tl32-256": 300,
 }  # fmt: skip
 #: The same of any other row with another Triton than the table's: a few registers.
 A_FEW = 16
@@ -137,6 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_compile needs Triton: {error}. Install it on Linux: pip install triton", file=sys.stderr)
         return 2
     is_other = options.output is not None
+    path = options.output or RESULTS
+    if options.only != "*" and (options.write or is_other) and not _is_of_today(path):
+        print(
+            f"gpu_compile: {path} is of other kernels than today's, so --only {options.only!r} would leave others "
+            "old. Compile all of them: leave out --only.",
+            file=sys.stderr,
+        )
+        return 2
     chosen = [line for line in lines() if any(fnmatchcase(x, options.only) for x in (line.row.id, line.row.kernel))]
     found: dict[str, dict[str, Any]] = {}
     bad = []
@@ -153,13 +181,17 @@ def main(arguments: list[str] | None = None) -> int:
     for each in bad:
         print(f"does not fit: {each}", file=sys.stderr)
     if (options.write or is_other) and not bad:
-        path = options.output or RESULTS
         found = _merged(path, triton.__version__, {name: codes for name, codes in found.items() if codes})
-        write_json(path, {"triton": triton.__version__, "columns": list(gpu_code.Code._fields), "lines": found})
+        document = {"triton": triton.__version__, "sources": sources(), "columns": list(gpu_code.Code._fields)}
+        write_json(path, {**document, "lines": found})
         if not is_other:
             _write_configurations(found)
             pages.replace(PAGE, BEGIN, END, f"\n{table(triton.__version__, found)}\n")
     return 1 if bad else 0
+
+
+def _is_of_today(path: Path) -> bool:
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("sources") == sources()
 
 
 def _merged(path: Path, version: str, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -82,12 +82,12 @@ def _contender(layer: nn.Module, case: Case, device: torch.device) -> Contender:
     layer = layer.to(device, case.torch_dtype)
     x = _input(case, device)
 
-    def call() -> Tensor:
+    def call(x: Tensor) -> Tensor:
         out = layer(x)
         assert isinstance(out, Tensor)
         return out
 
-    return Contender(call, [x, *layer.parameters()], None)
+    return Contender(call, [x], list(layer.parameters()), None)
 
 
 def prepare_ours(case: Case, device: torch.device) -> Contender:

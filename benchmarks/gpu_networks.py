@@ -4,12 +4,15 @@ NAT-Tiny and NAT-Base against transformers' Swin-T, Swin-B and ConvNeXt-T; autoc
 All of them as they are first, which takes less than a minute, then compiled ones while there is time: compiling takes
 minutes for some. What was left out is named in ``notes``.
 
+Times are those of the calls as Python makes them, without CUDA graphs of ours.
+
 Peak memory is what the network takes of the device: its weights, with training gradients and the optimizer's state too,
 and the most that a step held beyond them. Other networks on the device are not counted.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +23,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from benchmarks.gpu_timing import first_call, free, milliseconds, peak_bytes, why
+from benchmarks import gpu_children
+from benchmarks.gpu_children import why
+from benchmarks.gpu_timing import first_call, free, milliseconds, peak_bytes
 from benchmarks.models import LABELS, NETWORKS
 
 BATCH, SIDE, ROUNDS = 128, 224, 5
@@ -34,7 +39,7 @@ COMPILED = tuple(
     for name in names
 )
 #: Seconds that compiling may take, before one was compiled: after that, what the longest took.
-GUESS = {"inference": 40.0, "training": 90.0}
+GUESS = {"inference": 60.0, "training": 150.0}
 
 
 class Network:
@@ -97,27 +102,40 @@ class Network:
 
 
 def measure(
-    device: torch.device, until: float, *, names: str = "*", with_eager: bool = True, with_compile: bool = True,
-    save: Callable[[dict[str, Any]], None] = lambda found: None, batch: int = BATCH, side: int = SIDE,
-    is_small: bool = False, compiler: str = "inductor",
+    device: torch.device, until: float = math.inf, names: str = "*", forms: tuple[bool, ...] = (False, True),
+    without: dict[str, str] | None = None, *,
+    tell: Callable[[dict[str, Any], str | None], None] = lambda found, doing: None, batch: int = BATCH,
+    side: int = SIDE, is_small: bool = False, compiler: str = "inductor",
 ) -> dict[str, Any]:  # fmt: skip
-    """Samples, images a second and peaks of the networks that ``names`` (a glob) matches; ``save`` gets what is there
-    after each part.
+    """Samples, images a second and peaks of the networks that ``names`` (a glob) matches, as they are (``False`` among
+    ``forms``) and compiled (``True``).
+
+    What cannot run, or has no time left, is named in ``notes``. An error after which this process is of no more use is
+    raised: the caller begins anew ``without`` what ``tell`` was told last.
     """
     chosen = [name for name in NETWORKS if fnmatchcase(name, names)]
-    found: dict[str, Any] = {"batch": batch, "side": side, "networks": {}, "notes": {}}
+    without = without or {}
+    found: dict[str, Any] = {"batch": batch, "side": side, "networks": {}, "notes": dict(without)}
     here: dict[str, Network] = {}
-    eager = [(name, how) for name in chosen for how in HOWS] if with_eager else []
-    compiled = [(name, how) for name, how in COMPILED if name in chosen] if with_compile else []
-    longest: dict[str, list[float]] = {how: [] for how in HOWS}
+
+    def sample(label: str, how: str, run: Callable[[], object]) -> None:
+        samples = found["networks"][label]["ms"].setdefault(how, [])
+        samples.append(milliseconds(run, 2))
+        rate = batch / statistics.median(samples) * 1e3
+        found["networks"][label].setdefault("images_per_second", {})[how] = rate
 
     def prepared(parts: list[tuple[str, str]], is_compiled: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+        longest: dict[str, list[float]] = {how: [] for how in HOWS}
         for name, how in parts:
             label = f"{name}{' compiled' if is_compiled else ''}"
+            part = f"{label} {how}"
+            if part in without:
+                continue
             needed = max(longest[how], default=GUESS[how]) if is_compiled else 0.0
             if time.monotonic() + needed > until:
-                found["notes"][f"{label} {how}"] = "no time left"
+                found["notes"][part] = "no time left"
                 continue
+            tell(found, part)
             begun = time.monotonic()
             try:
                 if name not in here:
@@ -128,27 +146,37 @@ def measure(
                 seconds = first_call(run)
                 run()  # the optimizer has its state from the first step on, the allocator its blocks
                 peak = peak_bytes(run) + network.resident_bytes(how)
+                entry = found["networks"].setdefault(label, {"first_call_seconds": {}, "peak_bytes": {}, "ms": {}})
+                entry["first_call_seconds"][how], entry["peak_bytes"][how] = seconds, peak
+                sample(label, how, run)  # should there be no time for more
             except Exception as error:  # out of memory, a compiler that fails: a result too
-                found["notes"][f"{label} {how}"] = why(error)
-                free()
+                _dropped(found, part, error)
                 continue
             longest[how].append(time.monotonic() - begun)
-            entry = found["networks"].setdefault(label, {"first_call_seconds": {}, "peak_bytes": {}, "ms": {}})
-            entry["first_call_seconds"][how], entry["peak_bytes"][how] = seconds, peak
             free()
             yield label, how, run
 
-    # code that the networks share is compiled for each of them and each way: ten times, and eight is the default
+    # Code that the networks share is compiled for each of them and each way: ten times, and eight is the default. What
+    # is beyond the limit would run uncompiled and be called compiled.
     torch._dynamo.config.recompile_limit = 64
-    for parts, is_compiled in ((eager, False), (compiled, True)):
-        longest = {how: [] for how in HOWS}
-        runs = list(prepared(parts, is_compiled))
-        for _ in range(ROUNDS):
-            for label, how, run in runs:
-                found["networks"][label]["ms"].setdefault(how, []).append(milliseconds(run, 2))
-        for entry in found["networks"].values():
-            entry["images_per_second"] = {
-                how: batch / statistics.median(samples) * 1e3 for how, samples in entry["ms"].items()
-            }
-        save(found)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for is_compiled in forms:
+        parts = list(COMPILED) if is_compiled else [(name, how) for name in NETWORKS for how in HOWS]
+        runs = list(prepared([(name, how) for name, how in parts if name in chosen], is_compiled))
+        for _ in range(ROUNDS - 1):
+            for each in list(runs):
+                label, how, run = each
+                tell(found, f"{label} {how}")
+                try:
+                    sample(label, how, run)
+                except Exception as error:
+                    _dropped(found, f"{label} {how}", error)
+                    runs.remove(each)
     return found
+
+
+def _dropped(found: dict[str, Any], part: str, error: Exception) -> None:
+    if not gpu_children.is_usable():
+        raise error
+    found["notes"][part] = why(error)
+    free()

@@ -1,21 +1,29 @@
 """Are the kernels right on this device? Every option against the reference in float64: output and every gradient.
 
-What is checked is what ``nbhd`` ships to users' calls: the rows that the table chooses here.
+What is checked is what ``nbhd`` ships to users' calls: the rows that the table chooses here. Forms of a call:
+
+    fused, unfused           attention, and the pair of weights and weighted sum
+    two-images, five-images  programs of small boxes that do so many of five images, as they do on large batches
+    fused-qkv, heads-first   query, key and value as views of one tensor, and of ``[batch, heads, *spatial, dim]``
+    expanded-gradient        a gradient that is the same for every image, with a stride of 0
+    no-lse-gradient          the gradient of the output alone
+    graph, compiled          the same bits as a call by a CUDA graph, and under ``torch.compile(fullgraph=True)``
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import nbhd
+from benchmarks import gpu_children, gpu_graphs
+from benchmarks.gpu_children import Job, Outcome
 from nbhd.backends import reference, triton
 from nbhd.geometry import Neighborhood
 
@@ -77,60 +85,87 @@ QUICK = (
 #: What a few minutes for networks alone begin with.
 NETWORKS = ("nat", "nat-no-bias", "window-is-map")
 
+#: Scores of a query from which the unfused pair, which keeps them, and more images are left out.
+MOST_SCORES = 400
+#: Images that a program does in these forms.
+IMAGES = {"two-images": 2, "five-images": 5}
+#: What else NAT's call goes through.
+MORE = ("fused-qkv", "heads-first", "expanded-gradient", "no-lse-gradient", "graph", "compiled")
+
+#: Seconds that a call may take, compilation and all.
+LIMIT = 150.0
+
+
+def jobs_of(names: tuple[str, ...] = (), quick: bool = False) -> list[tuple[Setting, str, str]]:
+    """Setting, dtype and form of everything that is checked."""
+    found = []
+    for setting in QUICK if quick else SETTINGS:
+        if names and setting.name not in names:
+            continue
+        forms = ["fused"]
+        if math.prod(setting.kernel_size) <= MOST_SCORES:
+            forms += ["unfused"] if quick else ["unfused", *IMAGES]
+        if setting.name == "nat":
+            forms += MORE
+        found += [(setting, setting.dtypes[0], form) for form in forms]
+        found += [(setting, dtype, "fused") for dtype in setting.dtypes[1:]]
+        if setting.name == "nat":  # what networks are trained in
+            found += [(setting, "bfloat16", form) for form in ("unfused", *IMAGES, *MORE)]
+    # first what has kernels of its own, so that no two processes compile the same at a time; compilers are the slowest
+    order = {"fused": 0, "unfused": 1, "compiled": 2}
+    return sorted(found, key=lambda each: order.get(each[2], 3))
+
 
 def check(
     device: torch.device, *, names: tuple[str, ...] = (), quick: bool = False, until: float = math.inf,
     workers: int = 1,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One result a setting and dtype; ``passed`` says whether all is well, None that ``until`` was over before.
+    """One result a call, as they come; ``passed`` says whether all is well, None that ``until`` was over before.
 
-    Nearly all of the time goes into compiling, on one core: ``workers`` processes share it.
+    Nearly all of the time goes into compiling, on one core: ``workers`` processes share it. A call that takes its
+    process with it is made once more in a fresh one, alone: what has no room among others is not wrong.
     """
-    jobs = []
-    for setting in QUICK if quick else SETTINGS:
-        if names and setting.name not in names:
-            continue
-        for dtype, form in itertools.product(setting.dtypes, ("fused", "unfused")):
-            if form == "unfused" and (dtype != setting.dtypes[0] or math.prod(setting.kernel_size) > 400):
-                continue
-            jobs.append((setting, dtype, form))
-    pool = None
-    if workers > 1:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        elsewhere = [None if pool is None else pool.submit(_one, *job, str(device)) for job in jobs]
-        for job, future in zip(jobs, elsewhere, strict=True):
-            setting, dtype, form = job
-            name = f"{setting.name} {dtype} {form}"
-            found: dict[str, Any] = {"passed": None, "skipped": "no time left"}
-            try:
-                if future is not None:
-                    found = future.result(None if until == math.inf else max(0.0, until - time.monotonic()))
-                elif time.monotonic() <= until:
-                    found = _here(job, device)
-            except TimeoutError:
-                pass
-            except Exception:  # a device that lets one process in, say: here it can be seen what is the matter
-                found = _here(job, device)
-            yield {"name": name, **found}
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)  # what still runs would be in the way of what is timed next
+    todo = jobs_of(names, quick)
+    jobs = [Job(_one, (*each, str(device))) for each in todo]
+    again: list[int] = []
+    with gpu_children.Children(workers) as children:
+        for index, outcome in children.run(jobs, until=until, limit=LIMIT):
+            if outcome.has_ended and outcome.error is not None:
+                again.append(index)
+            else:
+                yield _result(todo[index], outcome)
+    for index in again:
+        with gpu_children.Children() as alone:
+            for _, outcome in alone.run([jobs[index]], until=until, limit=LIMIT):
+                yield _result(todo[index], outcome)
 
 
-def _here(job: tuple[Setting, str, str], device: torch.device) -> dict[str, Any]:
-    try:
-        return _one(*job, str(device))
-    except Exception as error:  # a kernel that does not compile or run is wrong, and the others are still of interest
-        lines = str(error).strip().splitlines() or [""]
-        return {"passed": False, "error": f"{type(error).__name__}: {lines[0][:200]}"}
+def _result(job: tuple[Setting, str, str], outcome: Outcome) -> dict[str, Any]:
+    setting, dtype, form = job
+    name = {"name": f"{setting.name} {dtype} {form}"}
+    if outcome.error is None:
+        return name | outcome.value
+    if outcome.is_late:
+        return name | {"passed": None, "skipped": outcome.error}
+    # a kernel that does not compile or run is wrong
+    return name | {"passed": False, "error": outcome.error}
 
 
 def _one(setting: Setting, dtype_name: str, form: str, device_name: str) -> dict[str, Any]:
     dtype, device = getattr(torch, dtype_name), torch.device(device_name)
+    if form in ("graph", "compiled"):
+        return _same_bits(setting, dtype, device, form)
+    if form in IMAGES:
+        with _images(IMAGES[form]):
+            return _judged(_fused, _arguments(setting._replace(batch=5), dtype, device))
+    return _judged(_unfused if form == "unfused" else _fused, _laid_out(form, _arguments(setting, dtype, device)))
+
+
+def _judged(
+    call: Callable[..., tuple[Tensor | None, ...]], arguments: tuple[Any, ...]
+) -> dict[str, Any]:  # fmt: skip
+    """The kernels' results next to those of the reference in the same dtype, both against float64."""
     begun = time.monotonic()
-    call: Callable[..., tuple[Tensor | None, ...]] = _fused if form == "fused" else _unfused
-    arguments = _arguments(setting, dtype, device)
     ours = call(triton, arguments)
     seconds = time.monotonic() - begun  # compilation and all
     again = call(triton, arguments)
@@ -138,11 +173,11 @@ def _one(setting: Setting, dtype_name: str, form: str, device_name: str) -> dict
     truth = call(reference, tuple(t if t is None or not isinstance(t, Tensor) else t.double() for t in arguments))
     errors = {}
     passed = True
-    unit = torch.finfo(dtype).eps
+    unit = torch.finfo(arguments[0].dtype).eps
     for name, result, other, true, second in zip(
-        NAMES if form == "fused" else UNFUSED, ours, plain, truth, again, strict=True
+        NAMES if call is _fused else UNFUSED, ours, plain, truth, again, strict=True
     ):  # fmt: skip
-        if result is None or true is None or other is None:
+        if result is None or true is None or other is None or second is None:
             continue
         unused = true == -math.inf
         same = torch.equal(result == -math.inf, unused) and torch.equal(result, second)  # deterministic
@@ -152,10 +187,71 @@ def _one(setting: Setting, dtype_name: str, form: str, device_name: str) -> dict
     return {"passed": bool(passed), "errors": errors, "first_call_seconds": seconds}
 
 
+def _same_bits(setting: Setting, dtype: torch.dtype, device: torch.device, form: str) -> dict[str, Any]:
+    """Whether a graph, or a compiled function, gives the bits of the plain call: output and every gradient."""
+    query, key, value, bias, d_out, *_ = _arguments(setting, dtype, device)
+    leaves = [t.requires_grad_() for t in (query, key, value, bias) if t is not None]
+    operator = {1: nbhd.na1d, 2: nbhd.na2d, 3: nbhd.na3d}[len(setting.spatial)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Any:
+        of = setting.neighborhood
+        return operator(
+            query, key, value, of.kernel_size, of.stride, of.dilation, of.is_causal, rel_pos_bias=bias, backend="triton"
+        )
+
+    def run(attend: Callable[..., Any] = attend) -> tuple[Tensor, ...]:
+        out = attend(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, d_out)
+
+    begun = time.monotonic()
+    if form == "graph":
+        replay = gpu_graphs.captured(run)
+        with torch.no_grad():  # a replay reads what lies there by then
+            for tensor in (*leaves, d_out):
+                tensor.copy_(tensor.flip(0))
+        found = [t.clone() for t in replay()]
+    else:
+        compiler = "inductor" if device.type == "cuda" else "aot_eager"
+        found = list(run(torch.compile(attend, fullgraph=True, backend=compiler)))
+    seconds = time.monotonic() - begun
+    names = ["out", *(n for n, t in zip(NAMES[2:], (query, key, value, bias), strict=True) if t is not None)]
+    unequal = [name for name, one, other in zip(names, found, run(), strict=True) if not torch.equal(one, other)]
+    return {"passed": not unequal, "errors": {}, "unequal": unequal, "first_call_seconds": seconds}
+
+
+@contextlib.contextmanager
+def _images(most: int) -> Iterator[None]:
+    """Programs do up to ``most`` images, also where there are few programs."""
+    from nbhd.backends.triton import launches
+
+    before = launches.MANY_PROGRAMS, launches.MOST_IMAGES
+    launches.MANY_PROGRAMS, launches.MOST_IMAGES = 1, most
+    launches._maps.clear()  # which remember how many there were
+    try:
+        yield
+    finally:
+        launches.MANY_PROGRAMS, launches.MOST_IMAGES = before
+        launches._maps.clear()
+
+
+def _laid_out(form: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values, laid out in memory as the form says."""
+    query, key, value, bias, d_out, d_lse, *rest = arguments
+    if form == "fused-qkv":
+        query, key, value = torch.stack((query, key, value), -3).unbind(-3)
+    elif form == "heads-first":
+        query, key, value, d_out = (t.movedim(-2, 1).contiguous().movedim(1, -2) for t in (query, key, value, d_out))
+    elif form == "expanded-gradient":
+        d_out = d_out[:1].expand_as(d_out)
+    elif form == "no-lse-gradient":
+        d_lse = None
+    return query, key, value, bias, d_out, d_lse, *rest
+
+
 def _deviation(result: Tensor, truth: Tensor, unused: Tensor) -> tuple[float, float]:
     """Root mean square and largest deviation, relative to the truth's. NaN is infinitely far."""
     result, truth = (t.double().masked_fill(unused, 0) for t in (result, truth))
-    off = torch.nan_to_num(result - truth, nan=math.inf)
+    off = torch.nan_to_num(result - truth, nan=math.inf, posinf=math.inf, neginf=-math.inf)
     return (off.norm() / truth.norm().clamp(min=1e-30)).item(), (
         off.abs().max() / truth.abs().max().clamp(min=1e-30)
     ).item()

@@ -13,13 +13,14 @@ shift is made once, as in the original code.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.cases import Case
-from benchmarks.peers.inputs import tensors
+from benchmarks.peers.inputs import Inputs, tensors
 from benchmarks.subject import NotHere, Subject, attention_subject
 
 
@@ -36,6 +37,21 @@ def prepare_unshifted_sdpa(case: Case) -> Subject:
 
 
 def _prepare(name: str, case: Case, is_shifted: bool, is_eager: bool) -> Subject:
+    attend, leaves = prepared(case, tensors(case), is_shifted=is_shifted, is_eager=is_eager)
+    x, key, value, *_ = leaves
+    return attention_subject(name, lambda: attend(x, key, value), leaves, case.queries, None)
+
+
+def prepared(
+    case: Case, inputs: Inputs, *, is_shifted: bool = True, is_eager: bool = False
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], list[Tensor]]:
+    """The attention as a function of x, key and value, and its leaves made of a case's tensors: those, then the table.
+
+    Everything lies where ``inputs`` do.
+
+    Raises:
+        NotHere: Swin's windows cannot do the case.
+    """
     if len(case.spatial) != 2 or case.kernel_size[0] != case.kernel_size[1]:
         raise NotHere("Swin's windows are squares on a map of two axes")
     if any(d != 1 for d in case.dilation) or any(case.is_causal):
@@ -46,7 +62,7 @@ def _prepare(name: str, case: Case, is_shifted: bool, is_eager: bool) -> Subject
     shift = window // 2 if is_shifted and min(case.spatial) > window else 0
     count = (rows // window) * (columns // window)
     area = window * window
-    inputs = tensors(case)
+    device = inputs.query.device
     with torch.no_grad():
         x = inputs.query.flatten(-2).detach().requires_grad_()
         key, value = (
@@ -59,12 +75,12 @@ def _prepare(name: str, case: Case, is_shifted: bool, is_eager: bool) -> Subject
     # Swin keeps its table as [entries, heads]; without a bias in the case there is none here either.
     table = None if inputs.bias is None else inputs.bias.detach().flatten(1).t().contiguous().to(case.torch_dtype)
     table = None if table is None else table.requires_grad_()
-    index = _bias_index(window)
-    mask = _shift_mask(rows, columns, window, shift).to(case.torch_dtype) if shift else None
+    index = _bias_index(window).to(device)
+    mask = _shift_mask(rows, columns, window, shift).to(device, case.torch_dtype) if shift else None
     scale = dim**-0.5
     dense = None if mask is None else mask[None, :, None].expand(case.batch, -1, -1, -1, -1).flatten(0, 1)
 
-    def call() -> Tensor:
+    def attend(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = _partition(_roll(_pad(x, rows, columns), -shift), window).view(-1, area, heads, dim)
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         added = None
@@ -84,8 +100,7 @@ def _prepare(name: str, case: Case, is_shifted: bool, is_eager: bool) -> Subject
         return whole[:, : case.spatial[0], : case.spatial[1]].contiguous()
 
     assert count * area == rows * columns
-    leaves = [t for t in (x, key, value, table) if t is not None]
-    return attention_subject(name, call, leaves, case.queries, None)
+    return attend, [t for t in (x, key, value, table) if t is not None]
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

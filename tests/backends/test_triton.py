@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +80,27 @@ def test_every_row_of_the_table_is_right():
 @pytest.mark.timeout(900)
 def test_strides_images_slabs_and_wide_offsets():
     found = group("layouts")
-    check_errors("slabs", found.pop("slabs")["errors"], torch.float32)
+    for name, limit in (("slabs", 1), ("chunks", 1 << 12)):
+        each = found.pop(name)
+        check_errors(name, each["errors"], torch.float32)
+        # one box with its heads is the least: 2 heads of a slab of 64, or of a table of 8 x 8
+        assert each["tables"] > 1 and each["largest"] <= max(limit, 4 * 2 * 64)
+    plans = found.pop("plans")["found"]
+    assert plans.pop("first") == 3 and plans.pop("again") == 0  # forward, query, key
+    # what only the backward sees leaves the forward's plan as it is
+    assert plans == {"odd": 3, "scale": 3, "no-bias": 3, "no-lse": 2, "dtype": 3, "expanded": 2}
+    assert len(found) == 8
+    for name, each in found.items():
+        assert all(each["same"]), name
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_images_and_heads_may_lie_further_apart_than_32_bits_reach():
+    found = dict(group("apart"))
+    forms = {form for forms in configurations.FORMS.values() for form in forms}
+    assert set(found.pop("kernels")["found"]) == forms | {"pad_table"}
     assert len(found) == 8
     for name, each in found.items():
         assert all(each["same"]), name
@@ -205,6 +226,92 @@ def test_the_page_has_the_bounds_of_today():
     assert made == gpu_bounds.PAGE.read_text(encoding="utf-8")
 
 
+def test_what_was_measured_on_a_device_holds_there(monkeypatch):
+    call = problem("forward", (13, 13), (56, 56))
+    document = {"measured": {}, "rows": []}
+    monkeypatch.setattr(configurations, "_document", lambda: document)
+    rows = configurations.rows()
+    monkeypatch.setattr(configurations, "rows", lambda: rows)
+
+    def first(device, vendor="hopper"):
+        configurations.ranked.cache_clear()
+        return configurations.ranked(call, vendor, 227 << 10, device)[0][0].id
+
+    try:
+        estimated = first("sm_90")
+        measured = configurations.ranked(call, "hopper", 227 << 10, "sm_90")[-1][0].id
+        assert estimated != measured
+        configurations.remember(document, "sm_90", {call.key: measured, "other": "row"})
+        assert first("sm_90") == measured and first("sm_80") == first("") == estimated
+        assert first("gfx942", "hip") != measured
+        document["measured"][call.key] = measured  # of a device that is not said
+        assert first("sm_80") == measured
+        configurations.remember(document, "sm_80", {call.key: estimated})
+        assert first("sm_80") == estimated
+        assert json.loads(configurations.as_text(document)) == document
+    finally:
+        configurations.ranked.cache_clear()
+
+
+def test_the_table_of_configurations_is_as_it_is_written():
+    text = configurations.PATH.read_text(encoding="utf-8")
+    assert configurations.as_text(json.loads(text)) == text
+
+
+@needs_triton
+def test_devices_are_told_apart_by_their_architecture(monkeypatch):
+    from nbhd.backends.triton import launches
+
+    properties = SimpleNamespace(major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-", name="Max 1550")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
+    launches._device.cache_clear()
+    try:
+        assert launches._device("cuda", 0)[::2] == ("hopper", "sm_90")
+        assert launches._device("xpu", 0)[::2] == ("xpu", "Max 1550")
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert launches._device("cuda", 1)[::2] == ("hip", "gfx942")
+    finally:
+        launches._device.cache_clear()
+
+
+@pytest.fixture
+def multiplication():
+    """PyTorch's switch for float32, put back afterwards."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    yield switch
+    switch.fp32_precision = before
+
+
+@needs_triton
+def test_a_plan_serves_calls_of_its_layout_alone(monkeypatch, multiplication):
+    from nbhd.backends.triton import launches
+
+    monkeypatch.setattr(launches, "target_of", lambda tensor: launches.Target("hopper", 227 << 10))
+    monkeypatch.setattr(launches, "_maps", {})
+    neighborhood = Neighborhood((3, 3), (1, 1), (1, 1), (False, False))
+    tensor, unaligned = torch.empty(2, 4, 5, 2, 16), torch.empty(2, 4, 5, 2, 17)[..., :16]
+    multiplication.fp32_precision = "ieee"
+    first = launches.map_of(neighborhood, tensor, tensor, tensor)
+    assert launches.map_of(neighborhood, torch.empty_like(tensor), tensor, tensor) is first
+    kept = first.keep("a launch", object)
+    first.admit(tensor, tensor)
+    assert first.keep("a launch", object) is kept
+    first.admit(unaligned)
+    assert first.align == 1 and first.keep("a launch", object) is not kept
+    given = [
+        (unaligned, tensor, tensor), (tensor.half(),) * 3, (tensor[:1],) * 3, (tensor, tensor[:, :, :, :1], tensor),
+        (tensor, tensor, tensor, tensor), (tensor.to("meta"),) * 3,
+    ]  # fmt: skip
+    others = [launches.map_of(neighborhood, *tensors) for tensors in given]
+    others.append(launches.map_of(replace(neighborhood, stride=(1, 2)), tensor, tensor, tensor))
+    multiplication.fp32_precision = "tf32"
+    others.append(launches.map_of(neighborhood, tensor, tensor, tensor))
+    assert (first.precision, others[-1].precision) == ("ieee", "tf32")
+    assert len({id(each) for each in (first, *others)}) == 9
+
+
 @pytest.mark.parametrize("vendor", ["cuda", "hopper"])
 def test_nat_is_done_in_one_visit(vendor):
     for spatial in ((56, 56), (7, 7)):
@@ -295,6 +402,17 @@ def test_says_why_it_cannot_run(monkeypatch):
             na2d(tensor, tensor, tensor, 3, backend="triton")
 
 
+def test_launches_on_the_device_of_the_tensors(monkeypatch):
+    for kind in ("cuda", "xpu"):
+        given = []
+        monkeypatch.setattr(getattr(torch, kind), "device", lambda device, given=given: given.append(device))
+        device = SimpleNamespace(type=kind, index=1)
+        triton._on(SimpleNamespace(device=device))
+        assert given == [device]
+    with triton._on(torch.empty(0)):
+        pass
+
+
 def test_says_what_to_install(monkeypatch):
     def forget():
         triton.why_unusable.cache_clear()
@@ -336,7 +454,54 @@ def test_compiled_for_real_targets_as_the_table_says():
                 assert each == table["lines"][name][target], (name, target)
 
 
-def test_the_table_of_machine_code_is_whole_and_nothing_spills():
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("gpu-code.json", "python -m benchmarks.gpu_compile --write"),
+        (
+            "gpu-code-triton-3.6.json",
+            "python -m benchmarks.gpu_compile --output benchmarks/results/gpu-code-triton-3.6.json, with Triton 3.6",
+        ),
+    ],
+)
+def test_the_tables_of_machine_code_are_of_these_kernels(name, command):
+    table = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+    assert table["sources"] == gpu_compile.sources(), f"{name} is of other kernels than these: {command}"
+    assert all(table["lines"].values())
+
+
+def test_a_digest_of_the_kernels_sees_code_and_rows_and_no_comments(monkeypatch, tmp_path):
+    folder = configurations.PATH.parent
+    for path in (*folder.glob("*.py"), configurations.PATH):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = gpu_compile.sources()
+    monkeypatch.setattr(configurations, "PATH", tmp_path / configurations.PATH.name)
+    kernels = tmp_path / "key_kernels.py"
+    text = kernels.read_text(encoding="utf-8")
+    kernels.write_text(text.replace('"""A program does', '# new\n    """Each program does'), encoding="utf-8")
+    assert gpu_compile.sources() == before
+    kernels.write_text(text.replace("scale * LN2", "scale * LOG2E"), encoding="utf-8")
+    assert gpu_compile.sources() != before
+    kernels.write_text(text, encoding="utf-8")
+    first, *others = configurations.rows()
+    monkeypatch.setattr(configurations, "rows", lambda: (replace(first, cost=(0, 0), shared={}), *others))
+    assert gpu_compile.sources() == before
+    monkeypatch.setattr(configurations, "rows", lambda: (replace(first, warps=16), *others))
+    assert gpu_compile.sources() != before
+
+
+@needs_triton
+def test_a_part_of_the_rows_is_not_written_beside_old_ones(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "code.json"
+    for text in (None, "{}"):
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        assert gpu_compile.main(["--only", "fo16-32", "--output", str(path)]) == 2
+        assert f"{path} is of other kernels" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "{}"
+
+
+def test_the_table_of_machine_code_is_whole_and_spills_no_more_than_is_allowed():
     table = json.loads((ROOT / "benchmarks" / "results" / "gpu-code.json").read_text(encoding="utf-8"))
     assert {name.split()[0] for name in table["lines"]} == {row.id for row in configurations.rows()}
     for row in configurations.rows():
@@ -381,6 +546,7 @@ def test_the_oldest_triton_has_code_for_every_row_too():
 @pytest.mark.timeout(900)
 def test_a_new_map_size_compiles_nothing():
     assert code()["specializations"] == {"nat": 1, "odd-channels": 1, "dilated": 1, "sequence": 1}
+    assert code()["pointers"] == 2  # where tensors begin is no part of a plan
 
 
 @needs_triton

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
+import torch
 import triton
 from benchmarks import gpu_code, gpu_compile
 from benchmarks.cases import Case
 
-from nbhd.backends.triton import launches
+from nbhd.backends.triton import attention, launches
 
 #: A once and a walked kernel, forward and both backward ones, one of float32.
 LINES = ("fo16-32 forward bias", "ko16-32 key bias", "fl16-64x64 forward", "fl32-64 forward ieee")
@@ -45,6 +47,22 @@ def specializations(case: Case, target: str) -> list[str]:
     return found
 
 
+def of_pointers(case: Case, target: str) -> list[str]:
+    """The same of one plan, for a query that begins where 16 bytes do, and for one that does not."""
+    gpu, limits = gpu_code.TARGETS[target]
+    shape = (case.batch, *case.spatial, case.heads, case.head_dim)
+    size = math.prod(shape)
+    memory, out, lse = torch.empty(size + 1, dtype=case.torch_dtype), torch.empty(shape), torch.empty(shape[:-1])
+    call = launches.Map(memory[:size].view(shape), case.heads, case.head_dim, case.head_dim, case.neighborhood, limits)
+    found = []
+    for begin in (0, 1):
+        query = memory[begin : begin + size].view(shape)
+        plan = attention.ForwardPlan(call, query, query, query, None, out, lse, 1.0)
+        row, tile = launches.rows_of(call, "forward", False)[0]
+        found += [gpu_code.specialization(launch, gpu) for launch in plan.launches(row, tile)]
+    return found
+
+
 def main() -> None:
     codes = {}
     for line in gpu_compile.lines():
@@ -66,7 +84,9 @@ def main() -> None:
         }
         same[name] = len(found)
     paths = {name: path_of(case, "sm_90") for name, case in PATHS.items()}
-    print(json.dumps({"triton": triton.__version__, "codes": codes, "specializations": same, "paths": paths}))
+    pointers = len(set(of_pointers(plain, "sm_90")))
+    report = {"codes": codes, "specializations": same, "pointers": pointers, "paths": paths}
+    print(json.dumps({"triton": triton.__version__, **report}))
 
 
 if __name__ == "__main__":

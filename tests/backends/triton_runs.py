@@ -212,23 +212,34 @@ class only:
         self.rows, self.real, self.used = rows, configurations.ranked, []
 
     def __enter__(self) -> list[str]:
-        def ranked(problem, vendor, shared):
+        forget()
+
+        def ranked(problem, *target):
             for row in self.rows:
                 tile = configurations.tile(row, problem)
                 if tile is not None:
                     self.used.append(row.id)
                     return ((row, tile),)
-            return self.real(problem, vendor, shared)
+            return self.real(problem, *target)
 
         configurations.ranked = ranked
         return self.used
 
     def __exit__(self, *_: object) -> None:
         configurations.ranked = self.real
+        forget()
+
+
+def forget() -> None:
+    """Plan anew what was planned before something was put in the place of what plans are made of."""
+    launches._maps.clear()
 
 
 def layouts() -> None:
-    """Strides, 64-bit offsets, many images: the same bits. Slabs and chunks of the bias gradient: the same values."""
+    """Strides, 64-bit offsets, many images: the same bits. Slabs and chunks of the bias gradient: the same values.
+
+    A call like one before plans nothing; another one does.
+    """
     tensors, gradients, neighborhood, scale = make(case((4, 5), (3, 4), dim=16, batch=2), F32)
     dense = run(backend, tensors, gradients, neighborhood, scale)
 
@@ -256,16 +267,85 @@ def layouts() -> None:
         admit(self, *given)
         self.wide = True
 
+    forget()
     launches.Map.admit = admit_wide
     same("wide", run(backend, tensors, gradients, neighborhood, scale))
     launches.Map.admit = admit
+    forget()
+    constants, planned = launches.Map.constants, []
+
+    def count(self, *given, **more):
+        planned.append(given)
+        return constants(self, *given, **more)
+
+    launches.Map.constants = count
+    other_scale, no_bias, no_lse = (tensors, gradients, neighborhood, 0.3), (*tensors[:3], None), (gradients[0], None)
+    halved = [t.bfloat16() for t in tensors[:3]]
+    found = {}
+    for name, arguments in {
+        "first": (tensors, gradients, neighborhood, scale), "again": (tensors, gradients, neighborhood, scale),
+        "odd": ((*odd, bias), gradients, neighborhood, scale), "scale": other_scale,
+        "no-bias": (no_bias, gradients, neighborhood, scale), "no-lse": (tensors, no_lse, neighborhood, scale),
+        "dtype": ((*halved, bias), gradients, neighborhood, scale),
+        "expanded": (tensors, (flat, gradients[1]), neighborhood, scale),
+    }.items():  # fmt: skip
+        planned.clear()
+        run(backend, *arguments)
+        found[name] = len(planned)
+    launches.Map.constants = constants
+    say("plans", found=found)
+    forget()
     launches.MANY_PROGRAMS = 1
     same("all-images-in-a-program", run(backend, tensors, gradients, neighborhood, scale)[:5], dense[:5])
-    loop = make(case((4, 38), (3, 33), heads=2), F32)
-    truth = run(reference, *loop, torch.float64)
-    plain = run(reference, *loop)
-    launches.TABLE_BYTES, launches.SLAB = 1, 64
-    say("slabs", errors=compare(run(backend, *loop), plain, truth))
+    add, sizes = launches.Slabs.add, []
+
+    def add_noted(self, total, tables, origin):
+        sizes.append(4 * tables.numel())
+        add(self, total, tables, origin)
+
+    launches.Slabs.add = add_noted
+    for name, which, limit in (
+        ("slabs", case((4, 38), (3, 33), heads=2), 1), ("chunks", case((9, 20), (3, 4), heads=2), 1 << 12)
+    ):  # fmt: skip
+        forget()
+        sizes.clear()
+        arguments = make(which, F32)
+        truth, plain = run(reference, *arguments, torch.float64), run(reference, *arguments)
+        launches.TABLE_BYTES, launches.SLAB = limit, 64
+        say(name, errors=compare(run(backend, *arguments), plain, truth), tables=len(sizes), largest=max(sizes))
+
+
+def apart() -> None:
+    """Images, or heads, that lie 2^31 numbers apart, in memory of which little is touched: the same bits."""
+    launches.MANY_PROGRAMS = 1
+    real, kernels = launches.Launch.run, set()
+
+    def run_noted(self):
+        kernels.add(self.kernel.fn.__name__)
+        real(self)
+
+    launches.Launch.run = run_noted
+    step = 1 << 31
+    memory = torch.empty(step + (1 << 16), dtype=F16)
+    for name, which in {
+        "once": case((3, 4), 3, heads=2, batch=2),
+        "once-grouped": case((3, 4), 3, heads=2, kv_heads=1, batch=2),
+        "loop": case((3, 34), (3, 33), heads=2, dim=8, batch=2),
+    }.items():
+        tensors, gradients, neighborhood, scale = make(which, F16)
+        for axis in (0, -2):
+            begin, placed = 0, []
+            for tensor in (*tensors[:3], gradients[0]):
+                strides = list(tensor.stride())
+                strides[axis] = step
+                placed.append(memory.as_strided(tensor.shape, strides, begin).copy_(tensor))
+                begin += tensor.numel()
+            far = (*placed[:3], tensors[3]), (placed[3], gradients[1]), neighborhood, scale
+            for how in (run, halves) if name == "once" else (run,):
+                found, want = how(backend, *far), how(backend, tensors, gradients, neighborhood, scale)
+                same = [a is b or torch.equal(a, b) for a, b in zip(found, want, strict=True)]
+                say(f"{name}-{'images' if axis == 0 else 'heads'}-{how.__name__}", same=same)
+    say("kernels", found=sorted(kernels))
 
 
 def framework() -> None:
@@ -454,7 +534,8 @@ def dots() -> None:
 
 
 GROUPS = {
-    f.__name__: f for f in (fused, everything, short, unfused, rows, layouts, framework, overflow, geometry, visits)
+    f.__name__: f
+    for f in (fused, everything, short, unfused, rows, layouts, apart, framework, overflow, geometry, visits)
 }
 
 

@@ -10,7 +10,9 @@ import functools
 import importlib.util
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,8 +139,10 @@ def weighted_sum_backward(
         return unfused.run_weighted_sum_backward(d_out, weights, value, neighborhood)
 
 
-def _on(tensor: Tensor) -> torch.autograd.grad_mode.no_grad | torch.cuda.device:
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     """The tensor's device as the current one: Triton launches there."""
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
-    return torch.no_grad()
+    if tensor.device.type == "xpu":
+        return torch.xpu.device(tensor.device)
+    return nullcontext()

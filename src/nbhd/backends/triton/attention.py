@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from nbhd.backends.triton import boxes, forward_kernels, key_kernels, query_kernels, table_kernels
 from nbhd.backends.triton.boxes import Tile
 from nbhd.backends.triton.configurations import Row
-from nbhd.backends.triton.launches import LOG2E, Launch, Map, Slabs, channels, execute, split
+from nbhd.backends.triton.launches import LOG2E, Fixed, Launch, Map, Slabs, T, channels, execute, map_of, split
 from nbhd.geometry import Neighborhood
 
 
@@ -19,7 +20,7 @@ def run_forward(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The forward of :mod:`nbhd.backends`."""
-    call = Map(query, key.shape[-2], query.shape[-1], value.shape[-1], neighborhood)
+    call = map_of(neighborhood, query, key, value)
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     plan = ForwardPlan(call, query, key, value, rel_pos_bias, out, lse, scale)
@@ -44,21 +45,23 @@ class ForwardPlan:
         call = self.call
         table, made = call.padded_bias(self.bias, tile, self.results[1])
         yield from made
-        arguments = [
-            *self.tensors, *self.results, table, *(x for t in self.tensors for x in call.strides(t)),
-            *call.sizes(self.scale * LOG2E),
-        ]  # fmt: skip
+        name = (row.id, tile, self.bias is None, self.scale)
+        fixed = call.keep(name, lambda: self._fixed(row, tile))
+        yield fixed.launch((*self.tensors, *self.results, table))
+
+    def _fixed(self, row: Row, tile: Tile) -> Fixed:
+        call = self.call
+        numbers = [*(x for t in self.tensors for x in call.strides(t)), *call.sizes(self.scale * LOG2E)]
         constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
         constants |= channels(*self.tensors[1:])
+        count = boxes.programs(call.lengths, call.axes, tile.queries)
         if row.kernel == "forward_once":
-            count = boxes.programs(call.lengths, call.axes, tile.queries)
             images = call.images(count * call.heads)
             grid = (math.ceil(call.batch / images) * call.heads, *split(count))
-            yield Launch(forward_kernels.forward_once, grid, [*arguments, images], constants, row, call.options(row))
-        else:
-            constants["FINAL"] = self.bias is not None or not self.scale > 0
-            grid = (boxes.programs(call.lengths, call.axes, tile.queries), *split(call.batch * call.heads))
-            yield Launch(forward_kernels.forward_loop, grid, arguments, constants, row, call.options(row))
+            return Fixed(forward_kernels.forward_once, grid, [*numbers, images], constants, row, call.options(row))
+        constants["FINAL"] = self.bias is not None or not self.scale > 0
+        grid = (count, *split(call.batch * call.heads))
+        return Fixed(forward_kernels.forward_loop, grid, numbers, constants, row, call.options(row))
 
 
 def run_backward(
@@ -66,7 +69,10 @@ def run_backward(
     out: Tensor, lse: Tensor, neighborhood: Neighborhood, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The backward of :mod:`nbhd.backends`."""
-    call = Map(query, key.shape[-2], query.shape[-1], value.shape[-1], neighborhood)
+    d_out = d_out.to(query.dtype)
+    if d_out.stride(-1) != 1 and d_out.shape[-1] != 1:
+        d_out = d_out.contiguous()
+    call = map_of(neighborhood, query, key, value, d_out)
     plan = BackwardPlan(call, d_out, d_lse, query, key, value, rel_pos_bias, out, lse, scale)
     has_bias = rel_pos_bias is not None
     execute(call, "query", has_bias, plan.query_launches)
@@ -80,16 +86,17 @@ def run_backward(
 
 
 class BackwardPlan:
-    """The launches of a backward call. The query kernel comes first: it stores delta, which the others read."""
+    """The launches of a backward call. The query kernel comes first: it stores delta, which the others read.
+
+    ``d_out`` has the dtype of ``query`` and contiguous channels.
+    """
 
     def __init__(
         self, call: Map, d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
         bias: Tensor | None, out: Tensor, lse: Tensor, scale: float,
     ) -> None:  # fmt: skip
         self.call, self.bias, self.scale = call, bias, scale
-        self.d_out = d_out.to(query.dtype)
-        if self.d_out.stride(-1) != 1 and self.d_out.shape[-1] != 1:
-            self.d_out = self.d_out.contiguous()
+        self.d_out = d_out
         self.d_lse = None if d_lse is None else d_lse.to(torch.float32).contiguous()
         self.tensors = (query, key, value)
         self.out, self.lse = out.contiguous(), lse.contiguous()
@@ -103,76 +110,88 @@ class BackwardPlan:
         call.admit(query, key, value, self.d_out)
         call.admit_rows(max(query.shape[-1], value.shape[-1]))
 
-    def _strides(self) -> list[int]:
-        return [x for t in (*self.tensors, self.d_out) for x in self.call.strides(t)]
+    def _fixed(self, kernel: Any, row: Row, tile: Tile, grid: tuple[int, ...], *more: int, **constants: Any) -> Fixed:
+        """``kernel`` for the layout of this call; ``more`` numbers and constants than all kernels take."""
+        call = self.call
+        numbers = [x for t in (*self.tensors, self.d_out) for x in call.strides(t)]
+        numbers += [*call.sizes(self.scale * LOG2E), *more]
+        constants = call.constants(row, tile, INLINE=call.inline, **constants) | channels(*self.tensors[1:])
+        return Fixed(kernel, grid, numbers, constants, row, call.options(row))
+
+    def _keep(self, kernel: str, row: Row, tile: Tile, make: Callable[[Row, Tile], T]) -> T:
+        name = (kernel, row.id, tile, self.bias is None, self.d_lse is None, self.scale)
+        return self.call.keep(name, lambda: make(row, tile))
 
     def query_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
-        call = self.call
-        padded, made = call.padded_bias(self.bias, tile, self.lse)
+        padded, made = self.call.padded_bias(self.bias, tile, self.lse)
         yield from made
         d_lse = self.lse if self.d_lse is None else self.d_lse
         given = [*self.tensors, self.out, self.d_out, self.lse, d_lse, padded, self.d_query, self.delta]
-        layout = [*self._strides(), *call.sizes(self.scale * LOG2E)]
-        constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
-        constants |= channels(*self.tensors[1:]) | {"HAS_DLSE": self.d_lse is not None}
-        count = boxes.programs(call.lengths, call.axes, tile.queries)
+        fixed, slabs, count, groups = self._keep("query", row, tile, self._query)
         if row.kernel == "query_loop":
             self.tables_are_missing = self.bias is not None
+            yield fixed.launch(given)
+        elif self.d_bias is None:
+            yield fixed.launch((*given, self.lse), split(count), (0,))
+        else:
+
+            def launch(tables: Tensor, first_box: int, origin: boxes.Triple) -> Launch:
+                return fixed.launch((*given, tables), (tables.shape[0],), (first_box,))
+
+            yield from slabs.launches(self.d_bias, count, groups, launch)
+
+    def _query(self, row: Row, tile: Tile) -> tuple[Fixed, Slabs, int, int]:
+        """Also how the bias gradient of ``query_once`` is cut, the boxes and the groups of images."""
+        call = self.call
+        options: dict[str, Any] = {"HAS_BIAS": self.bias is not None, "HAS_DLSE": self.d_lse is not None}
+        slabs = Slabs(call.axes, tile, is_whole=True)
+        count = boxes.programs(call.lengths, call.axes, tile.queries)
+        if row.kernel == "query_loop":
             grid = (count, *split(call.batch * call.heads))
-            yield Launch(query_kernels.query_loop, grid, [*given, *layout], constants, row, call.options(row))
-            return
+            return self._fixed(query_kernels.query_loop, row, tile, grid, **options), slabs, count, 0
         images = call.images(count * call.heads)
         groups = math.ceil(call.batch / images)
-        grid = (groups * call.heads, *split(count))
-        slabs = Slabs(call.axes, tile, is_whole=True)
-        tables = self.lse
-        if self.bias is not None:
-            # zeros: programs without a box leave their table as it is
-            shape = (grid[1] * grid[2], groups, call.heads, slabs.entries)
-            tables = torch.zeros(shape, dtype=torch.float32, device=self.lse.device)
-        constants["W"] = slabs.width
-        arguments = [*given, tables, *layout, images]
-        yield Launch(query_kernels.query_once, grid, arguments, constants, row, call.options(row))
-        if self.d_bias is not None:
-            slabs.add(self.d_bias, tables, (0, 0, 0))
+        options["W"] = slabs.width
+        fixed = self._fixed(query_kernels.query_once, row, tile, (groups * call.heads,), images, **options)
+        return fixed, slabs, count, groups
 
     def table_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
         """The bias gradient of windows that are walked, slab by slab, some boxes at a time."""
-        call = self.call
         assert self.d_bias is not None
-        padded, made = call.padded_bias(self.bias, tile, self.lse)
+        padded, made = self.call.padded_bias(self.bias, tile, self.lse)
         yield from made
+        given = [*self.tensors, self.d_out, self.lse, self.delta, padded]
+        fixed, slabs, count, groups = self._keep("table", row, tile, self._table)
+
+        def launch(tables: Tensor, first_box: int, origin: boxes.Triple) -> Launch:
+            return fixed.launch((*given, tables), (tables.shape[0],), (first_box, *origin))
+
+        yield from slabs.launches(self.d_bias, count, groups, launch)
+
+    def _table(self, row: Row, tile: Tile) -> tuple[Fixed, Slabs, int, int]:
+        call = self.call
         slabs = Slabs(call.axes, tile, is_whole=False)
         count = boxes.programs(call.lengths, call.axes, tile.queries)
         images = call.images(count * call.heads)
         groups = math.ceil(call.batch / images)
-        constants = call.constants(row, tile, INLINE=call.inline)
-        constants |= channels(*self.tensors[1:]) | {"W": slabs.width}
-        given = [*self.tensors, self.d_out, self.lse, self.delta, padded]
-        layout = [*self._strides(), *call.sizes(self.scale * LOG2E), images]
-
-        def launch(tables: Tensor, first_box: int, origin: boxes.Triple) -> Launch:
-            arguments = [*given, tables, *layout, first_box, *origin]
-            grid = (groups * call.heads, tables.shape[0])
-            return Launch(table_kernels.table_loop, grid, arguments, constants, row, call.options(row))
-
-        yield from slabs.launches(self.d_bias, count, groups, launch)
+        fixed = self._fixed(table_kernels.table_loop, row, tile, (groups * call.heads,), images, W=slabs.width)
+        return fixed, slabs, count, groups
 
     def key_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
-        call = self.call
-        padded, made = call.padded_bias(self.bias, tile, self.lse)
+        padded, made = self.call.padded_bias(self.bias, tile, self.lse)
         yield from made
-        arguments = [
-            *self.tensors, self.d_out, self.lse, self.delta, padded, self.d_key, self.d_value,
-            *self._strides(), *call.sizes(self.scale * LOG2E),
-        ]  # fmt: skip
-        constants = call.constants(row, tile, HAS_BIAS=self.bias is not None, INLINE=call.inline)
-        constants |= channels(*self.tensors[1:])
+        fixed = self._keep("key", row, tile, self._key)
+        yield fixed.launch(
+            (*self.tensors, self.d_out, self.lse, self.delta, padded, self.d_key, self.d_value)
+        )  # fmt: skip
+
+    def _key(self, row: Row, tile: Tile) -> Fixed:
+        call = self.call
+        has_bias = self.bias is not None
         count = boxes.programs(call.lengths, call.axes, tile.keys)
         if row.kernel == "key_once":
             images = call.images(count * call.kv_heads)
             grid = (math.ceil(call.batch / images) * call.kv_heads, *split(count))
-            yield Launch(key_kernels.key_once, grid, [*arguments, images], constants, row, call.options(row))
-        else:
-            grid = (count, *split(call.batch * call.kv_heads))
-            yield Launch(key_kernels.key_loop, grid, arguments, constants, row, call.options(row))
+            return self._fixed(key_kernels.key_once, row, tile, grid, images, HAS_BIAS=has_bias)
+        grid = (count, *split(call.batch * call.kv_heads))
+        return self._fixed(key_kernels.key_loop, row, tile, grid, HAS_BIAS=has_bias)

@@ -9,7 +9,8 @@ them. ``shared`` is the shared memory that the compiler asked for, in bytes, by 
 for, where not for all. ``registers`` is the most that a thread may have, where the compiler left alone takes so many
 that fewer programs run at a time.
 
-``measured`` holds what ``make gpu-tune`` found: for a call, by its key, the row that was fastest.
+``measured`` holds what ``make gpu-tune`` found: for a device (``Target.device``, such as ``sm_90`` or ``gfx942``) and a
+call, by its key, the row that was fastest. A row that stands there by the call alone holds for every device.
 """
 
 from __future__ import annotations
@@ -102,15 +103,21 @@ def rows() -> tuple[Row, ...]:
 def as_text(document: dict[str, Any]) -> str:
     """The file's text: one line a row."""
     lines = [",\n".join(f"    {json.dumps(row)}" for row in document["rows"])]
-    found = [",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(document["measured"].items()))]
-    return "\n".join(["{", '  "measured": {', *[x for x in found if x], "  },", '  "rows": [', *lines, "  ]", "}", ""])
+    # two levels, a line for each call
+    measured = json.dumps(document["measured"], indent=2, sort_keys=True).replace("\n", "\n  ")
+    return "\n".join(["{", f'  "measured": {measured},', '  "rows": [', *lines, "  ]", "}", ""])
 
 
-def measured() -> dict[str, str]:
-    """Row by key of a call, where one was measured."""
-    found = _document()["measured"]
-    assert isinstance(found, dict)
-    return found
+def measured(device: str) -> dict[str, str]:
+    """Row by key of a call, where one was measured on this kind of device, or on one that is not said."""
+    found: dict[str, Any] = _document()["measured"]
+    here: dict[str, str] = found.get(device, {})
+    return {key: row for key, row in found.items() if isinstance(row, str)} | here
+
+
+def remember(document: dict[str, Any], device: str, fastest: dict[str, str]) -> None:
+    """Enter into the file's ``document`` what was measured on a device (``Target.device``): row by key of a call."""
+    document["measured"].setdefault(device, {}).update(fastest)
 
 
 def tile(row: Row, problem: Problem) -> Tile | None:
@@ -159,10 +166,10 @@ def runs_on(row: Row, vendor: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def ranked(problem: Problem, vendor: str, shared: int) -> tuple[tuple[Row, Tile], ...]:
-    """The rows that can run a call within ``shared`` bytes of shared memory, best first."""
+def ranked(problem: Problem, vendor: str, shared: int, device: str = "") -> tuple[tuple[Row, Tile], ...]:
+    """The rows that can run a call within ``shared`` bytes of shared memory, best first: measured, then estimated."""
     found: list[tuple[bool, float, int, Row, Tile]] = []
-    chosen = measured().get(problem.key)
+    chosen = measured(device).get(problem.key)
     for row in rows():
         if not runs_on(row, vendor):
             continue

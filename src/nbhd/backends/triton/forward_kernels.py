@@ -31,6 +31,7 @@ from nbhd.backends.triton.tiles import (
     clamp,
     count_boxes,
     end_keys,
+    far,
     first_keys,
     in_group,
     is_outside,
@@ -77,10 +78,10 @@ def forward_once(
     inside = in_group(y, G)
     y = clamp(y, G)
     p = places(f, TK)
-    h = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     ok = sees(p, first_keys(y, G, AXES), end_keys(y, G, AXES), pairs(TQ, TK))
     if HAS_BIAS:
-        bias_ptr += h * (bias_size(AXES) + 2 * PAD) + PAD
+        bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
         index = bias_column(p, AXES)[None, :] - bias_row(y, AXES)[:, None]
         term = tl.where(ok, gather_bias(bias_ptr, index, INLINE), float("-inf"))
     else:
@@ -88,18 +89,17 @@ def forward_once(
     qs = wide((qs0, qs1, qs2), ALIGN, WIDE)
     ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
-    head = h.to(tl.int64)
-    q_ptr += head * (qsh * ALIGN)
-    k_ptr += head // kv_group * (ksh * ALIGN)
-    v_ptr += head // kv_group * (vsh * ALIGN)
+    q_ptr += head * far(qsh, ALIGN)
+    k_ptr += head // kv_group * far(ksh, ALIGN)
+    v_ptr += head // kv_group * far(vsh, ALIGN)
     row = tokens_of(y, g, L, d, WIDE) * heads
     size = L0.to(tl.int64) * L1 * L2 * heads
     start = tl.program_id(0) // heads * images
     for i in tl.range(0, tl.minimum(images, batch - start)):
         b = (start + i).to(tl.int64)
-        q = load_box(q_ptr + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
-        k = load_box(k_ptr + b * (ksb * ALIGN), ks, f, g, G, d, TK, D, BD)
-        v = load_box(v_ptr + b * (vsb * ALIGN), vs, f, g, G, d, TK, DV, BDV)
+        q = load_box(q_ptr + b * far(qsb, ALIGN), qs, u, g, G, d, TQ, D, BD)
+        k = load_box(k_ptr + b * far(ksb, ALIGN), ks, f, g, G, d, TK, D, BD)
+        v = load_box(v_ptr + b * far(vsb, ALIGN), vs, f, g, G, d, TK, DV, BDV)
         s = dot_nt(q, k, PREC) * scale + term
         m = tl.maximum(tl.max(s, 1), LOW)
         w = tl.exp2(s - m[:, None])
@@ -146,7 +146,7 @@ def forward_loop(
     end = end_keys(y, G, AXES)
     bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
     q_bias = bias_row(y, AXES)
-    q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
+    q = load_box(q_ptr + head * far(qsh, ALIGN) + b * far(qsb, ALIGN), qs, u, g, G, d, TQ, D, BD)
 
     last = last_places(u, G, TQ)
     f = first_keys(u, G, AXES)  # keys that some query sees lie in [f, z) along each axis

@@ -34,6 +34,7 @@ from nbhd.backends.triton.tiles import (
     count_boxes,
     end_keys,
     end_queries,
+    far,
     first_keys,
     first_queries,
     in_group,
@@ -91,10 +92,11 @@ def _walk(
     dv = tl.zeros([N, BDV], tl.float32)
     at = f
     head = kv_head * kv_group
+    qsh, gsh = far(qsh, ALIGN), far(gsh, ALIGN)
     for _ in tl.range(count_boxes(f, z, TQ) * kv_group, num_stages=STAGES):
         base = b * tokens * heads + head
-        q = load_box(q_ptr + head * (qsh * ALIGN), qs, at, g, G, d, TQ, D, BD)
-        do = load_box(do_ptr + head * (gsh * ALIGN), gs, at, g, G, d, TQ, DV, BDV)
+        q = load_box(q_ptr + head * qsh, qs, at, g, G, d, TQ, D, BD)
+        do = load_box(do_ptr + head * gsh, gs, at, g, G, d, TQ, DV, BDV)
         row = tokens_of(clamp(places(at, TQ), G), g, L, d, WIDE) * heads
         lse = tl.load(lse_ptr + base + row)
         delta = tl.load(delta_ptr + base + row)
@@ -136,28 +138,29 @@ def key_once(
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
     gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    k_ptr += kv_head * (ksh * ALIGN)
-    v_ptr += kv_head * (vsh * ALIGN)
+    k_ptr += kv_head * far(ksh, ALIGN)
+    v_ptr += kv_head * far(vsh, ALIGN)
     x = places(u, TK)
     inside = in_group(x, G)
     own = tokens_of(clamp(x, G), g, L, d, WIDE) * kv_heads
     tokens = L0.to(tl.int64) * L1 * L2
     f = first_queries(u, G, AXES)
     z = end_queries(last_places(u, G, TK), G, AXES)
+    qsb, ksb, vsb, gsb = far(qsb, ALIGN), far(ksb, ALIGN), far(vsb, ALIGN), far(gsb, ALIGN)
     start = tl.program_id(0) // kv_heads * images
     count = tl.minimum(images, batch - start)
     if count_boxes(f, z, TQ) * kv_group == 1:
-        q_ptr += kv_head * (qsh * ALIGN)
-        do_ptr += kv_head * (gsh * ALIGN)
+        q_ptr += kv_head * far(qsh, ALIGN)
+        do_ptr += kv_head * far(gsh, ALIGN)
         row = tokens_of(clamp(places(f, TQ), G), g, L, d, WIDE) * heads
         term = _term(bias_ptr, x, f, G, kv_head, AXES, TQ, TK, HAS_BIAS, INLINE)
         for i in tl.range(0, count):
             b = (start + i).to(tl.int64)
             base = b * tokens * heads + kv_head
-            k = load_box(k_ptr + b * (ksb * ALIGN), ks, u, g, G, d, TK, D, BD)
-            v = load_box(v_ptr + b * (vsb * ALIGN), vs, u, g, G, d, TK, DV, BDV)
-            q = load_box(q_ptr + b * (qsb * ALIGN), qs, f, g, G, d, TQ, D, BD)
-            do = load_box(do_ptr + b * (gsb * ALIGN), gs, f, g, G, d, TQ, DV, BDV)
+            k = load_box(k_ptr + b * ksb, ks, u, g, G, d, TK, D, BD)
+            v = load_box(v_ptr + b * vsb, vs, u, g, G, d, TK, DV, BDV)
+            q = load_box(q_ptr + b * qsb, qs, f, g, G, d, TQ, D, BD)
+            do = load_box(do_ptr + b * gsb, gs, f, g, G, d, TQ, DV, BDV)
             lse = tl.load(lse_ptr + base + row)
             delta = tl.load(delta_ptr + base + row)
             w, ds = _weights(k, v, q, do, lse, delta, term, scale, PREC)
@@ -169,10 +172,10 @@ def key_once(
         for i in tl.range(0, count, num_stages=1):
             b = (start + i).to(tl.int64)
             base = b * tokens * kv_heads + kv_head
-            k = load_box(k_ptr + b * (ksb * ALIGN), ks, u, g, G, d, TK, D, BD)
-            v = load_box(v_ptr + b * (vsb * ALIGN), vs, u, g, G, d, TK, DV, BDV)
+            k = load_box(k_ptr + b * ksb, ks, u, g, G, d, TK, D, BD)
+            v = load_box(v_ptr + b * vsb, vs, u, g, G, d, TK, DV, BDV)
             dk, dv = _walk(
-                k, v, q_ptr + b * (qsb * ALIGN), do_ptr + b * (gsb * ALIGN), lse_ptr, delta_ptr, bias_ptr, b, kv_head,
+                k, v, q_ptr + b * qsb, do_ptr + b * gsb, lse_ptr, delta_ptr, bias_ptr, b, kv_head,
                 x, f, z, g, G, L, d, qs, gs, qsh, gsh, heads, kv_group, scale,
                 D, BD, DV, BDV, AXES, TQ, TK, HAS_BIAS, INLINE, ALIGN, WIDE, PREC, 1,
             )  # fmt: skip
@@ -209,10 +212,10 @@ def key_loop(
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
     gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
     x = places(u, TK)
-    k = load_box(k_ptr + kv_head * (ksh * ALIGN) + b * (ksb * ALIGN), ks, u, g, G, d, TK, D, BD)
-    v = load_box(v_ptr + kv_head * (vsh * ALIGN) + b * (vsb * ALIGN), vs, u, g, G, d, TK, DV, BDV)
+    k = load_box(k_ptr + kv_head * far(ksh, ALIGN) + b * far(ksb, ALIGN), ks, u, g, G, d, TK, D, BD)
+    v = load_box(v_ptr + kv_head * far(vsh, ALIGN) + b * far(vsb, ALIGN), vs, u, g, G, d, TK, DV, BDV)
     dk, dv = _walk(
-        k, v, q_ptr + b * (qsb * ALIGN), do_ptr + b * (gsb * ALIGN), lse_ptr, delta_ptr, bias_ptr, b, kv_head,
+        k, v, q_ptr + b * far(qsb, ALIGN), do_ptr + b * far(gsb, ALIGN), lse_ptr, delta_ptr, bias_ptr, b, kv_head,
         x, first_queries(u, G, AXES), end_queries(last_places(u, G, TK), G, AXES), g, G, L, d, qs, gs, qsh, gsh,
         heads, kv_group, scale, D, BD, DV, BDV, AXES, TQ, TK, HAS_BIAS, INLINE, ALIGN, WIDE, PREC, None,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -22,6 +22,8 @@ from nbhd.backends.triton.boxes import Axis, Tile, Triple
 from nbhd.backends.triton.configurations import Problem, Row
 from nbhd.geometry import Neighborhood
 
+T = TypeVar("T")
+
 LOG2E = 1.4426950408889634
 
 #: Most bytes of partial tables of the bias gradient at a time.
@@ -31,17 +33,21 @@ MOST_ROWS = 65535
 #: Programs of small boxes from which it pays to do several images in each.
 MANY_PROGRAMS = 2048
 MOST_IMAGES = 16
+#: Layouts that are remembered, and launches of each: several scales make several.
+MOST_MAPS, MOST_KEPT = 4096, 64
 #: Most entries of a slab of the bias gradient, all axes together.
 SLAB = 1024
 
 
 class Target(NamedTuple):
     """For what kernels are made. ``vendor``: ``cuda``, ``hopper`` (cuda too), ``hip``, ``xpu`` or ``interpreter``;
-    ``shared``: bytes of shared memory that a program may have.
+    ``shared``: bytes of shared memory that a program may have; ``device``: what was measured is kept under this name,
+    such as ``sm_90`` or ``gfx942``, empty where nothing is to be looked up.
     """
 
     vendor: str
     shared: int
+    device: str = ""
 
     @property
     def is_nvidia(self) -> bool:
@@ -63,6 +69,22 @@ class Launch:
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """A launch but for its tensors: what a layout decides. ``grid`` and ``numbers`` may want something added."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: list[Any]
+    constants: dict[str, Any]
+    row: Row
+    options: dict[str, Any]
+
+    def launch(self, tensors: Iterable[Tensor], grid: tuple[int, ...] = (), numbers: tuple[int, ...] = ()) -> Launch:
+        arguments = [*tensors, *self.numbers, *numbers]
+        return Launch(self.kernel, (*self.grid, *grid), arguments, self.constants, self.row, self.options)
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
@@ -72,12 +94,14 @@ def is_interpreted() -> bool:
 def _device(kind: str, index: int) -> Target:
     if kind == "xpu":
         properties: Any = torch.xpu.get_device_properties(index)
-        return Target("xpu", int(getattr(properties, "local_mem_size", 64 << 10)))
+        return Target("xpu", int(getattr(properties, "local_mem_size", 64 << 10)), str(properties.name))
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return Target("hip", int(getattr(properties, "shared_memory_per_block", 64 << 10)))
+        architecture = str(properties.gcnArchName).partition(":")[0]
+        return Target("hip", int(getattr(properties, "shared_memory_per_block", 64 << 10)), architecture)
     vendor = "hopper" if properties.major == 9 else "cuda"
-    return Target(vendor, int(getattr(properties, "shared_memory_per_block_optin", 96 << 10)))
+    shared = int(getattr(properties, "shared_memory_per_block_optin", 96 << 10))
+    return Target(vendor, shared, f"sm_{properties.major}{properties.minor}")
 
 
 def target_of(tensor: Tensor) -> Target:
@@ -101,7 +125,7 @@ def float32_precision(target: Target) -> str:
 
 
 class Map:
-    """What every launch of a call has in common."""
+    """What every launch of a call has in common. It holds no tensors, so it serves all calls of the same layout."""
 
     def __init__(
         self, query: Tensor, kv_heads: int, dim: int, dim_v: int, neighborhood: Neighborhood,
@@ -116,8 +140,10 @@ class Map:
         self.lengths: Triple = boxes.three(spatial, 1)
         self.target = target_of(query) if target is None else target
         self.constexpr_axes = tuple(x for a in self.axes for x in (a.kernel_size, a.stride, int(a.is_causal)))
+        self.precision = float32_precision(self.target) if self.dtype == torch.float32 else "ieee"
         self.wide = False
         self.align = 16
+        self._kept: dict[Any, Any] = {}
 
     @property
     def tokens(self) -> int:
@@ -128,16 +154,29 @@ class Map:
         dim = max(_padded(self.dim), _padded(self.dim_v))
         return Problem(kernel, bits, dim, self.axes, has_bias)
 
+    def keep(self, name: Any, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made once. ``name`` has all that it depends on beside this map."""
+        found: T | None = self._kept.get(name)
+        if found is None:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            found = self._kept[name] = make()
+        return found
+
     def admit(self, *tensors: Tensor) -> None:
         """Take note of what divides the strides of ``tensors`` and whether offsets in an image need 64 bits."""
         for tensor in tensors:
             is_wide, align = _layout(tensor.shape, tensor.stride())
-            self.wide |= is_wide
-            self.align = min(self.align, align)
+            self._note(self.wide or is_wide, min(self.align, align))
 
     def admit_rows(self, width: int) -> None:
         """The same for a contiguous tensor ``[batch, *spatial, heads, width]``."""
-        self.wide |= self.tokens * self.heads * width >= 1 << 31
+        self._note(self.wide or self.tokens * self.heads * width >= 1 << 31, self.align)
+
+    def _note(self, wide: bool, align: int) -> None:
+        if (wide, align) != (self.wide, self.align):
+            self.wide, self.align = wide, align
+            self._kept.clear()
 
     def strides(self, tensor: Tensor) -> tuple[int, ...]:
         """Strides of batch, three axes and head, in units of ``align``; 0 where there is but one."""
@@ -150,11 +189,8 @@ class Map:
     def constants(self, row: Row, found: Tile, **more: Any) -> dict[str, Any]:
         return {
             "AXES": self.constexpr_axes, "TQ": found.queries, "TK": found.keys,
-            "ALIGN": self.align, "WIDE": self.wide, "PREC": self._precision(), **more,
+            "ALIGN": self.align, "WIDE": self.wide, "PREC": self.precision, **more,
         }  # fmt: skip
-
-    def _precision(self) -> str:
-        return float32_precision(self.target) if self.dtype == torch.float32 else "ieee"
 
     def options(self, row: Row) -> dict[str, Any]:
         if self.target.vendor == "interpreter":
@@ -177,14 +213,38 @@ class Map:
         """The bias as the kernels gather from it (float32, base 2, padded), and the launch that makes it."""
         if bias is None:
             return stand_in, []
-        padding, size = _padding(self.constexpr_axes, found.queries, found.keys), bias[0].numel()
-        padded = torch.empty(self.heads, size + 2 * padding, dtype=torch.float32, device=bias.device)
+        shape, grid, constants, options = self.keep(
+            ("bias", found, bias.shape), lambda: self._of_bias(bias[0].numel(), found)
+        )
+        padded = torch.empty(shape, dtype=torch.float32, device=bias.device)
+        arguments = [bias.detach().contiguous(), padded]
+        return padded, [Launch(score_tiles.pad_table, grid, arguments, constants, None, options)]
+
+    def _of_bias(
+        self, size: int, found: Tile
+    ) -> tuple[tuple[int, int], tuple[int, int], dict[str, int], dict[str, int]]:
+        padding = int(score_tiles.bias_padding(self.constexpr_axes, found.queries, found.keys))
+        shape = (self.heads, size + 2 * padding)
         constants = {"SIZE": size, "PADDING": padding, "BLOCK": 1024}
-        grid = (math.ceil(padded.shape[1] / 1024), self.heads)
         options = {} if self.target.vendor == "interpreter" else {"num_warps": 4}
-        return padded, [
-            Launch(score_tiles.pad_table, grid, [bias.detach().contiguous(), padded], constants, None, options)
-        ]
+        return shape, (math.ceil(shape[1] / 1024), self.heads), constants, options
+
+
+#: Maps by layout. A model makes the same calls over and over, and a small one is over sooner than it is planned.
+_maps: dict[Any, Map] = {}
+
+
+def map_of(neighborhood: Neighborhood, query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> Map:
+    """The map of a call with tensors laid out like these, float32 being multiplied as it is told to be now."""
+    precision = float32_precision(target_of(query)) if query.dtype == torch.float32 else None
+    tensors = (query, key, value, *others)
+    layout = (neighborhood, query.dtype, query.device, precision, *[(t.shape, t.stride()) for t in tensors])
+    found = _maps.get(layout)
+    if found is None:
+        if len(_maps) >= MOST_MAPS:
+            _maps.clear()
+        found = _maps[layout] = Map(query, key.shape[-2], query.shape[-1], value.shape[-1], neighborhood)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -201,11 +261,6 @@ def _strides(shape: tuple[int, ...], strides: tuple[int, ...], align: int) -> tu
     found = [0 if n == 1 else s for n, s in zip(shape[:-1], strides[:-1], strict=True)]
     axes = boxes.three(tuple(found[1:-1]), 0)
     return tuple(x // align for x in (found[0], *axes, found[-1]))
-
-
-@functools.lru_cache(maxsize=1024)
-def _padding(axes: tuple[int, ...], tq: Triple, tk: Triple) -> int:
-    return int(score_tiles.bias_padding(axes, tq, tk))
 
 
 def _padded(dim: int) -> int:
@@ -280,7 +335,7 @@ def rows_of(call: Map, kernel: str, has_bias: bool) -> tuple[tuple[Row, Tile], .
         LookupError: none can.
     """
     problem = call.problem(kernel, has_bias)
-    found = configurations.ranked(problem, call.target.vendor, call.target.shared)
+    found = configurations.ranked(problem, *call.target)
     if not found:
         raise LookupError(f"no configuration runs {problem.key!r} on {call.target}.")
     return found
@@ -293,7 +348,7 @@ def execute(
     call: Map, kernel: str, has_bias: bool, build: Callable[[Row, Tile], Iterable[Launch]]
 ) -> None:  # fmt: skip
     """Run the launches of the best row that the device takes: one too large for it is not tried twice."""
-    found = rows_of(call, kernel, has_bias)
+    found = call.keep(("rows", kernel, has_bias), lambda: rows_of(call, kernel, has_bias))
     for i, (row, tile) in enumerate(found):
         if _too_large and (call.problem(kernel, has_bias).key, row.id) in _too_large:
             continue

@@ -33,6 +33,7 @@ from nbhd.backends.triton.tiles import (
     clamp,
     count_boxes,
     end_keys,
+    far,
     first_keys,
     in_group,
     is_outside,
@@ -72,7 +73,7 @@ def query_once(
     vsb, vs0, vs1, vs2, vsh,
     gsb, gs0, gs1, gs2, gsh,
     batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
-    images,
+    images, first_box,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -85,7 +86,7 @@ def query_once(
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
     PAD: tl.constexpr = bias_padding(AXES, TQ, TK)
     box = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
-    u, g, G = locate(box, L, d, TQ)
+    u, g, G = locate(box + first_box, L, d, TQ)
     if is_outside(u, G):
         return
     f = first_keys(u, G, AXES)
@@ -93,11 +94,11 @@ def query_once(
     inside = in_group(y, G)
     y = clamp(y, G)
     p = places(f, TK)
-    h = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     # a repeated row sees nothing: it must not count twice
     ok = sees(p, first_keys(y, G, AXES), end_keys(y, G, AXES), pairs(TQ, TK)) & inside[:, None]
     if HAS_BIAS:
-        bias_ptr += h * (bias_size(AXES) + 2 * PAD) + PAD
+        bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
         index = bias_column(p, AXES)[None, :] - bias_row(y, AXES)[:, None]
         term = tl.where(ok, gather_bias(bias_ptr, index, INLINE), float("-inf"))
         total = tl.zeros([M, N], tl.float32)
@@ -107,23 +108,22 @@ def query_once(
     ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
     gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
-    head = h.to(tl.int64)
-    q_ptr += head * (qsh * ALIGN)
-    k_ptr += head // kv_group * (ksh * ALIGN)
-    v_ptr += head // kv_group * (vsh * ALIGN)
-    do_ptr += head * (gsh * ALIGN)
+    q_ptr += head * far(qsh, ALIGN)
+    k_ptr += head // kv_group * far(ksh, ALIGN)
+    v_ptr += head // kv_group * far(vsh, ALIGN)
+    do_ptr += head * far(gsh, ALIGN)
     row = tokens_of(y, g, L, d, WIDE) * heads
     size = L0.to(tl.int64) * L1 * L2 * heads
     start = tl.program_id(0) // heads * images
     for i in tl.range(0, tl.minimum(images, batch - start)):
         b = (start + i).to(tl.int64)
         base = b * size + head
-        do = load_box(do_ptr + b * (gsb * ALIGN), gs, u, g, G, d, TQ, DV, BDV)
+        do = load_box(do_ptr + b * far(gsb, ALIGN), gs, u, g, G, d, TQ, DV, BDV)
         delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
         lse = tl.load(lse_ptr + base + row) * LOG2E
-        q = load_box(q_ptr + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
-        k = load_box(k_ptr + b * (ksb * ALIGN), ks, f, g, G, d, TK, D, BD)
-        v = load_box(v_ptr + b * (vsb * ALIGN), vs, f, g, G, d, TK, DV, BDV)
+        q = load_box(q_ptr + b * far(qsb, ALIGN), qs, u, g, G, d, TQ, D, BD)
+        k = load_box(k_ptr + b * far(ksb, ALIGN), ks, f, g, G, d, TK, D, BD)
+        v = load_box(v_ptr + b * far(vsb, ALIGN), vs, f, g, G, d, TK, DV, BDV)
         w = tl.exp2(dot_nt(q, k, PREC) * scale + term - lse[:, None])
         ds = w * (dot_nt(do, v, PREC) - delta[:, None])
         if HAS_BIAS:
@@ -133,7 +133,7 @@ def query_once(
     if HAS_BIAS:
         SIZE: tl.constexpr = W[0] * W[1] * W[2]
         table = table_sums(total, slab_entry(f, u, (0, 0, 0), AXES), TQ, TK, W)
-        number = (box * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        number = box.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         tl.store(table_ptr + number * SIZE + tl.arange(0, SIZE), table)
 
 
@@ -178,8 +178,8 @@ def query_loop(
     q_bias = bias_row(y, AXES)
     base = b * (L0.to(tl.int64) * L1 * L2 * heads) + head
     row = tokens_of(y, g, L, d, WIDE) * heads
-    q = load_box(q_ptr + head * (qsh * ALIGN) + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
-    do = load_box(do_ptr + head * (gsh * ALIGN) + b * (gsb * ALIGN), gs, u, g, G, d, TQ, DV, BDV)
+    q = load_box(q_ptr + head * far(qsh, ALIGN) + b * far(qsb, ALIGN), qs, u, g, G, d, TQ, D, BD)
+    do = load_box(do_ptr + head * far(gsh, ALIGN) + b * far(gsb, ALIGN), gs, u, g, G, d, TQ, DV, BDV)
     lse = tl.load(lse_ptr + base + row) * LOG2E
     delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
 

@@ -29,6 +29,7 @@ from nbhd.backends.triton.tiles import (
     clamp,
     count_boxes,
     end_keys,
+    far,
     first_keys,
     in_group,
     is_outside,
@@ -72,10 +73,10 @@ def table_loop(
     ks = wide((ks0, ks1, ks2), ALIGN, WIDE)
     vs = ks if TWIN else wide((vs0, vs1, vs2), ALIGN, WIDE)
     gs = wide((gs0, gs1, gs2), ALIGN, WIDE)
-    q_ptr += head * (qsh * ALIGN)
-    k_ptr += head // kv_group * (ksh * ALIGN)
-    v_ptr += head // kv_group * (vsh * ALIGN)
-    do_ptr += head * (gsh * ALIGN)
+    q_ptr += head * far(qsh, ALIGN)
+    k_ptr += head // kv_group * far(ksh, ALIGN)
+    v_ptr += head // kv_group * far(vsh, ALIGN)
+    do_ptr += head * far(gsh, ALIGN)
     bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
     y = places(u, TQ)
     inside = in_group(y, G)
@@ -100,10 +101,10 @@ def table_loop(
         total = tl.zeros([M, N], tl.float32)
         for i in tl.range(0, count):
             b = (start + i).to(tl.int64)
-            q = load_box(q_ptr + b * (qsb * ALIGN), qs, u, g, G, d, TQ, D, BD)
-            k = load_box(k_ptr + b * (ksb * ALIGN), ks, at, g, G, d, TK, D, BD)
-            v = load_box(v_ptr + b * (vsb * ALIGN), vs, at, g, G, d, TK, DV, BDV)
-            do = load_box(do_ptr + b * (gsb * ALIGN), gs, u, g, G, d, TQ, DV, BDV)
+            q = load_box(q_ptr + b * far(qsb, ALIGN), qs, u, g, G, d, TQ, D, BD)
+            k = load_box(k_ptr + b * far(ksb, ALIGN), ks, at, g, G, d, TK, D, BD)
+            v = load_box(v_ptr + b * far(vsb, ALIGN), vs, at, g, G, d, TK, DV, BDV)
+            do = load_box(do_ptr + b * far(gsb, ALIGN), gs, u, g, G, d, TQ, DV, BDV)
             lse = tl.load(lse_ptr + (b * size + head) + row) * LOG2E
             delta = tl.load(delta_ptr + (b * size + head) + row)
             w = tl.exp2(dot_nt(q, k, PREC) * scale + term - lse[:, None])

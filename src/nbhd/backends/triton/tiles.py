@@ -189,6 +189,12 @@ def wide(stride, ALIGN: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def far(stride, ALIGN: tl.constexpr):
+    """The same for the stride of the batch or of heads: always 64 bits, since images may lie anywhere."""
+    return stride.to(tl.int64) * ALIGN
+
+
+@triton.jit
 def load_box(ptr, stride, at, g, G, d, T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """The rows of a box, ``[n, BD]``, zeros past ``D``.
 
