@@ -40,14 +40,6 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
     yield seen
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 64), (2, 7, 7, 100), (3, 50, 25, 48)], ids=str)
 def test_linear_is_as_exact(shape: tuple[int, ...], has_bias: bool, threads: int, packs: list[torch.Size]) -> None:
