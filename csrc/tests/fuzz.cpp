@@ -137,7 +137,7 @@ int main(int argc, char **argv) {
         for (const Result &r : i % 2 ? pair(p, status) : attention(p, status)) {
             const double allowed =
                 (r.real && dtype != NBHD_FLOAT64 ? tolerance[0] : tolerance[dtype]) * (r.many ? 10 : 1);
-            const double least = r.difference ? 0.25 * std::sqrt(double(c.dim_v)) : 0.25;
+            const double least = r.difference ? 0.5 * std::sqrt(double(c.dim_v)) : 0.25;
             const double off = status ? INFINITY : deviation(r.ours, *r.truth, least);
             double &most = worst[r.name][size_t(dtype)];
             most = std::max(most, off);
