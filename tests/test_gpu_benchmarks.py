@@ -32,6 +32,7 @@ from benchmarks.peers import swin
 from benchmarks.subject import NotHere
 
 from nbhd.backends.triton import configurations
+from tests.marks import needs_triton
 from tests.processes import process
 
 CPU = torch.device("cpu")
@@ -672,12 +673,11 @@ def test_layouts_hold_the_same_values():
     assert found["expanded-gradient"][4].stride(0) == 0 and found["no-lse-gradient"][5] is None
 
 
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_form_of_a_call_is_checked():
     """Under Triton's interpreter: each form passes, and does what its name says."""
-    if gpu_check.backend.why_unusable() is not None:
-        pytest.skip("needs Triton")
     code = """
 import json, torch
 from benchmarks import gpu_numerics
@@ -723,11 +723,10 @@ def test_what_gpu_check_says_it_checks_is_among_its_calls():
     assert len(gpu_numerics.jobs_of(quick=True)) == 4
 
 
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_numerics_in_several_processes():
-    if gpu_check.backend.why_unusable() is not None:
-        pytest.skip("needs Triton")
     code = """
 import torch
 from benchmarks import gpu_numerics
@@ -744,12 +743,11 @@ if __name__ == "__main__":
 # ---- tuning
 
 
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_tuning_times_every_row_with_all_that_it_entails():
     """Under Triton's interpreter, where all rows run: each has a time, a walk's with its bias gradient."""
-    if gpu_check.backend.why_unusable() is not None:
-        pytest.skip("needs Triton")
     code = """
 import json, types, torch
 import triton.language as tl
@@ -788,12 +786,11 @@ print(json.dumps([first, second, count, row]))
     assert second["kernels"]["key"]["timed"] == "eager" and second["notes"] == {"key as graphs": "no"}
 
 
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_what_is_compiled_ahead_is_what_runs(tmp_path):
     """On a driver that knows the GPU and has none: afterwards the same launches on tensors compile nothing."""
-    if gpu_check.backend.why_unusable() is not None:
-        pytest.skip("needs Triton")
     code = f"""
 import os
 os.environ["TRITON_CACHE_DIR"] = {str(tmp_path)!r}
@@ -823,10 +820,9 @@ for kind in ("forward", "query", "table"):
     ]
 
 
+@needs_triton
 def test_every_case_has_rows_for_every_kernel():
     """On an H200, as it is planned there; the plans are made without memory."""
-    if gpu_check.backend.why_unusable() is not None:
-        pytest.skip("needs Triton")
     from nbhd.backends.triton.launches import Target
 
     for case in gpu_cases.CASES.values():

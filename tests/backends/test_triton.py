@@ -24,12 +24,10 @@ from nbhd.backends import Call, triton
 from nbhd.backends.triton import boxes, configurations
 from nbhd.errors import BackendError
 from nbhd.geometry import Neighborhood
+from tests.marks import needs_triton
 from tests.processes import process
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(
-    triton.why_unusable() is not None, reason=f"needs Triton, which has wheels for Linux alone: {triton.why_unusable()}"
-)
 
 
 @functools.cache
@@ -75,6 +73,12 @@ def test_every_row_of_the_table_is_right():
         check_errors(row.id, found[row.id]["errors"], torch.float16 if row.bits == 16 else torch.float32)
 
 
+def check_same(found, count):
+    assert len(found) == count
+    for name, each in found.items():
+        assert all(each["same"]), name
+
+
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -89,9 +93,7 @@ def test_strides_images_slabs_and_wide_offsets():
     assert plans.pop("first") == 3 and plans.pop("again") == 0  # forward, query, key
     # what only the backward sees leaves the forward's plan as it is
     assert plans == {"odd": 3, "scale": 3, "no-bias": 3, "no-lse": 2, "dtype": 3, "expanded": 2}
-    assert len(found) == 8
-    for name, each in found.items():
-        assert all(each["same"]), name
+    check_same(found, 8)
 
 
 @needs_triton
@@ -101,9 +103,7 @@ def test_images_and_heads_may_lie_further_apart_than_32_bits_reach():
     found = dict(group("apart"))
     forms = {form for forms in configurations.FORMS.values() for form in forms}
     assert set(found.pop("kernels")["found"]) == forms | {"pad_table"}
-    assert len(found) == 8
-    for name, each in found.items():
-        assert all(each["same"]), name
+    check_same(found, 8)
 
 
 @needs_triton
