@@ -157,6 +157,14 @@ void announce(const Tensor &t, const nbhd_call &c, int64_t heads, int64_t dim) {
     if (t.data) will_fill(t.data, n * int64_t(element_size(c.dtype)));
 }
 
+// Whether the three gradients are parts of one tensor [token][part][head][channel].
+bool are_parts(const Problem &p, int64_t dtype) {
+    const size_t part = size_t(p.heads) * size_t(p.dim) * element_size(dtype);
+    const char *query = static_cast<const char *>(p.d_query.data);
+    return query && p.heads == p.kv_heads && p.dim == p.dim_v && p.d_key.data == query + part &&
+           p.d_value.data == query + 2 * part;
+}
+
 struct Entry {
     Part part;
     bool backward;
@@ -248,8 +256,9 @@ int32_t run(const nbhd_call *call, Entry e) {
         if (p.d_bias) memset(p.d_bias, 0, size_t(p.heads) * size_t(p.bias_rows()) * size_t(p.bias_columns()) * real);
         return NBHD_OK;
     }
-    announce(p.out, c, c.heads, c.dim_v),
-        announce(p.d_query, c, c.heads, c.dim); // those without data are not this call's
+    announce(p.out, c, c.heads, c.dim_v);
+    if (are_parts(p, c.dtype)) announce(p.d_query, c, 3 * c.heads, c.dim);
+    announce(p.d_query, c, c.heads, c.dim); // those without data are not this call's
     announce(p.d_key, c, c.kv_heads, c.dim), announce(p.d_value, c, c.kv_heads, c.dim_v);
     const Kernels &kernels = p.dtype == Dtype::float64    ? *set->f64
                              : p.dtype == Dtype::bfloat16 ? *set->bf16

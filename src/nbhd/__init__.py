@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nbhd import nn
     from nbhd.functional import apply_attention_weights, attention_weights, na1d, na2d, na3d
     from nbhd.optimize import optimize_for_inference
+    from nbhd.qkv import split_qkv
 
 __all__ = [
     "NbhdError",
@@ -23,9 +24,10 @@ __all__ = [
     "na3d",
     "nn",
     "optimize_for_inference",
+    "split_qkv",
 ]
 
-_HOMES = {"nn": "nn", "optimize_for_inference": "optimize"}
+_HOMES = {"nn": "nn", "optimize_for_inference": "optimize", "split_qkv": "qkv"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from nbhd.errors import ArgumentError
 from nbhd.functional import AXES, apply_attention_weights, attention_weights, na1d, na2d, na3d
 from nbhd.linear import Linear
+from nbhd.qkv import split_qkv
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -102,7 +103,7 @@ class _NeighborhoodAttention(nn.Module):
         # functional.pad counts axes from the last, which are the channels.
         padding = (0, 0, *(n for extra in reversed(missing) for n in (0, extra)))
         padded = functional.pad(input, padding) if any(missing) else input
-        query, key, value = self.qkv(padded).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        query, key, value = split_qkv(self.qkv(padded), self.num_heads)
         out = self._attend(query, key, value).flatten(-2)
         if any(missing):
             for axis, length in enumerate(spatial, 1):

@@ -21,6 +21,7 @@ from torch import Tensor
 from nbhd import backends
 from nbhd.backends import reference
 from nbhd.geometry import Neighborhood
+from nbhd.qkv import lie_as_parts, room_for_gradients
 
 _GEOMETRY = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal"
 _QKV = "Tensor query, Tensor key, Tensor value, Tensor? rel_pos_bias"
@@ -106,7 +107,7 @@ class PreparedCall:
     checked. Of use where nobody watches the dispatcher (``is_watched``).
     """
 
-    __slots__ = ("arguments", "backend", "empty", "run")
+    __slots__ = ("arguments", "backend", "empty", "may_be_parts", "run")
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood,
@@ -118,8 +119,9 @@ class PreparedCall:
         if self.empty:
             return
         query, key, value = _rows(query), _rows(key), _rows(value)
+        self.may_be_parts = lie_as_parts(query, key, value)
         module = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
-        #: forward(query, key, value, rel_pos_bias, with_lse) and backward(d_out, d_lse, ..., out, lse)
+        #: forward(query, key, value, rel_pos_bias, with_lse) and backward(d_out, d_lse, ..., out, lse, into)
         self.run = (
             module.prepare(query, key, value, neighborhood, scale)
             if hasattr(module, "prepare")
@@ -155,8 +157,10 @@ class PreparedCall:
         if self.empty:
             return _no_gradients(query, key, value, rel_pos_bias)
         d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
+        query, key, value = _rows(query), _rows(key), _rows(value)
+        into = room_for_gradients(query, key, value) if self.may_be_parts else None
         d_query, d_key, d_value, d_bias = self.run.backward(
-            d_out, _resolved(d_lse), _rows(query), _rows(key), _rows(value), _resolved(rel_pos_bias), out, lse
+            d_out, _resolved(d_lse), query, key, value, _resolved(rel_pos_bias), out, lse, into
         )
         return d_query, d_key, d_value, d_bias
 
@@ -171,7 +175,7 @@ class _AnyCall:
         return self._module.forward(query, key, value, bias, *self._rest)
 
     def backward(self, *given: Any) -> Any:
-        return self._module.backward(*given, *self._rest)
+        return self._module.backward(*given[:-1], *self._rest, into=given[-1])
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

@@ -92,8 +92,8 @@ def test_strides_images_slabs_and_wide_offsets():
     plans = found.pop("plans")["found"]
     assert plans.pop("first") == 3 and plans.pop("again") == 0  # forward, query, key
     # what only the backward sees leaves the forward's plan as it is
-    assert plans == {"odd": 3, "scale": 3, "no-bias": 3, "no-lse": 2, "dtype": 3, "expanded": 2}
-    check_same(found, 8)
+    assert plans == {"odd": 3, "scale": 3, "no-bias": 3, "no-lse": 2, "dtype": 3, "expanded": 2, "one-tensor": 3}
+    check_same(found, 10)
 
 
 @needs_triton

@@ -28,6 +28,7 @@ from nbhd import apply_attention_weights, na2d
 from nbhd.backends import reference, triton as backend
 from nbhd.backends.triton import boxes, configurations, launches
 from nbhd.geometry import Neighborhood, axis_table
+from nbhd.qkv import are_parts, room_for_gradients
 
 NAMES = ("out", "lse", "d_query", "d_key", "d_value", "d_rel_pos_bias")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -108,11 +109,11 @@ def make(which: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> tuple[tupl
     return (query, key, value, bias), (d_out, d_lse), neighborhood, which.get("scale", which["dim"] ** -0.5)
 
 
-def run(module, tensors, gradients, neighborhood, scale, dtype=None):
+def run(module, tensors, gradients, neighborhood, scale, dtype=None, into=None):
     query, key, value, bias = (t if t is None or dtype is None else t.to(dtype) for t in tensors)
     d_out, d_lse = (t if t is None or dtype is None else t.to(dtype) for t in gradients)
     out, lse = module.forward(query, key, value, bias, neighborhood, scale)
-    back = module.backward(d_out, d_lse, query, key, value, bias, out, lse, neighborhood, scale)
+    back = module.backward(d_out, d_lse, query, key, value, bias, out, lse, neighborhood, scale, into)
     return out, lse, *back
 
 
@@ -261,6 +262,15 @@ def layouts() -> None:
     expanded = run(backend, tensors, (flat, gradients[1]), neighborhood, scale)
     same("expanded-gradient", expanded, run(backend, tensors, (flat.contiguous(), gradients[1]), neighborhood, scale))
 
+    for name, which in {
+        "once": case((8, 9), 7, heads=2, batch=2), "loop": case((3, 34), (3, 33), heads=2, dim=8, batch=2)
+    }.items():  # fmt: skip
+        arguments = make(which, F32)
+        joined = torch.stack(arguments[0][:3], -3).unbind(-3)
+        one = run(backend, (*joined, arguments[0][3]), *arguments[1:], into=room_for_gradients(*joined))
+        assert are_parts(*one[2:5])
+        same(f"gradients-in-one-tensor-{name}", one, run(backend, *arguments))
+
     admit = launches.Map.admit
 
     def admit_wide(self, *given):
@@ -292,6 +302,9 @@ def layouts() -> None:
         planned.clear()
         run(backend, *arguments)
         found[name] = len(planned)
+    planned.clear()
+    run(backend, (*fused_qkv, bias), *arguments[1:], into=room_for_gradients(*fused_qkv))
+    found["one-tensor"] = len(planned)
     launches.Map.constants = constants
     say("plans", found=found)
     forget()

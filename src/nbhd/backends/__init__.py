@@ -6,17 +6,18 @@ A backend is a module with
     why_unusable()          None, or why it cannot run on this machine at all
     why_not(call)           None, or why it cannot run this call
     forward(query, key, value, rel_pos_bias, neighborhood, scale) -> (out, lse)
-    backward(d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale)
+    backward(d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale, into=None)
                             -> (d_query, d_key, d_value, d_rel_pos_bias or None)
 
 and may have
 
     prepare(query, key, value, neighborhood, scale)     an object with ``forward(query, key, value, rel_pos_bias,
-                            with_lse)`` and ``backward(d_out, ..., out, lse)`` for tensors laid out like these
+                            with_lse)`` and ``backward(d_out, ..., out, lse, into)`` for tensors laid out like these
     scores, scores_backward, weighted_sum, weighted_sum_backward      the unfused pair, as the reference has it
 
 Arguments are checked before (``functional``). ``out`` and the gradients are contiguous and have their argument's dtype;
-``lse`` is float32 (float64 for float64). ``d_lse`` is None where the log-sum-exp has no gradient. The score gradient is
+``lse`` is float32 (float64 for float64). ``d_lse`` is None where the log-sum-exp has no gradient. ``into`` are three
+tensors that a backend may write the gradients of query, key and value to and return (`nbhd.qkv`). The score gradient is
 ``dS = P * (dP - (rowsum(P * dP) - d_lse))``.
 """
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from nbhd.backends import Call
 from nbhd.errors import BackendError
 from nbhd.geometry import AxisTable, Neighborhood, axis_table
+from nbhd.qkv import Three
 
 NAME = "cpu"
 
@@ -197,19 +198,23 @@ class PreparedCall:
 
     def backward(
         self, d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        rel_pos_bias: Tensor | None, out: Tensor, lse: Tensor,
+        rel_pos_bias: Tensor | None, out: Tensor, lse: Tensor, into: Three | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Gradients of query, key, value and bias. ``out`` is not read."""
         d_out = _rows(d_out if d_out.dtype == query.dtype else d_out.to(query.dtype))
-        query_is_dense, key_is_dense, value_is_dense = self._dense
-        d_query = torch.empty_like(query) if query_is_dense else query.new_empty(query.shape)
-        d_key = torch.empty_like(key) if key_is_dense else key.new_empty(key.shape)
-        d_value = torch.empty_like(value) if value_is_dense else value.new_empty(value.shape)
+        if into is not None:
+            d_query, d_key, d_value = into
+            of_d_query, of_d_key, of_d_value = map(_strides, into)
+        else:
+            query_is_dense, key_is_dense, value_is_dense = self._dense
+            d_query = torch.empty_like(query) if query_is_dense else query.new_empty(query.shape)
+            d_key = torch.empty_like(key) if key_is_dense else key.new_empty(key.shape)
+            d_value = torch.empty_like(value) if value_is_dense else value.new_empty(value.shape)
+            of_d_query, of_d_key, of_d_value = self._gradient_strides
         real = self._lse[1]
         lse, d_lse, bias = lse.contiguous(), _dense(d_lse, real), _dense(rel_pos_bias, real)
         d_bias = None if bias is None else torch.empty_like(bias)
         of_query, of_key, of_value = self._strides
-        of_d_query, of_d_key, of_d_value = self._gradient_strides
         library = self._library
         status = library.backward(
             self._header
@@ -267,11 +272,12 @@ def backward(
     lse: Tensor,
     neighborhood: Neighborhood,
     scale: float,
+    into: Three | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and bias, as :mod:`nbhd.backends` describes. ``out`` is not read."""
     query, key, value = _rows(query), _rows(key), _rows(value)
     call = prepare(query, key, value, neighborhood, scale)
-    return call.backward(d_out, d_lse, query, key, value, rel_pos_bias, out, lse)
+    return call.backward(d_out, d_lse, query, key, value, rel_pos_bias, out, lse, into)
 
 
 # ---- the unfused pair

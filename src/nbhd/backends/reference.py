@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nbhd.backends import Call
 from nbhd.geometry import Neighborhood, window
+from nbhd.qkv import Three
 
 NAME = "reference"
 
@@ -218,6 +219,7 @@ def backward(
     lse: Tensor,
     neighborhood: Neighborhood,
     scale: float,
+    into: Three | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     layout = _map(query, key, value, rel_pos_bias, neighborhood)
     q, k, v = layout.queries(query), layout.keys(key), layout.keys(value)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nbhd.backends import Call
 from nbhd.geometry import Neighborhood
+from nbhd.qkv import Three
 
 NAME = "triton"
 
@@ -92,14 +93,14 @@ def forward(
 
 def backward(
     d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None,
-    out: Tensor, lse: Tensor, neighborhood: Neighborhood, scale: float,
+    out: Tensor, lse: Tensor, neighborhood: Neighborhood, scale: float, into: Three | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of query, key, value and bias, as :mod:`nbhd.backends` describes. The same bits at every call."""
     from nbhd.backends.triton import attention
 
     with _on(query):
         return attention.run_backward(
-            d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale
+            d_out, d_lse, query, key, value, rel_pos_bias, out, lse, neighborhood, scale, into
         )  # fmt: skip
 
 

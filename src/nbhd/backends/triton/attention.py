@@ -14,6 +14,7 @@ from nbhd.backends.triton.boxes import Tile
 from nbhd.backends.triton.configurations import Row
 from nbhd.backends.triton.launches import LOG2E, Fixed, Launch, Map, Slabs, T, channels, execute, map_of, split
 from nbhd.geometry import Neighborhood
+from nbhd.qkv import Three
 
 
 def run_forward(
@@ -66,14 +67,14 @@ class ForwardPlan:
 
 def run_backward(
     d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None,
-    out: Tensor, lse: Tensor, neighborhood: Neighborhood, scale: float,
+    out: Tensor, lse: Tensor, neighborhood: Neighborhood, scale: float, into: Three | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The backward of :mod:`nbhd.backends`."""
     d_out = d_out.to(query.dtype)
     if d_out.stride(-1) != 1 and d_out.shape[-1] != 1:
         d_out = d_out.contiguous()
     call = map_of(neighborhood, query, key, value, d_out)
-    plan = BackwardPlan(call, d_out, d_lse, query, key, value, rel_pos_bias, out, lse, scale)
+    plan = BackwardPlan(call, d_out, d_lse, query, key, value, rel_pos_bias, out, lse, scale, into)
     has_bias = rel_pos_bias is not None
     execute(call, "query", has_bias, plan.query_launches)
     if plan.tables_are_missing:
@@ -93,7 +94,7 @@ class BackwardPlan:
 
     def __init__(
         self, call: Map, d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        bias: Tensor | None, out: Tensor, lse: Tensor, scale: float,
+        bias: Tensor | None, out: Tensor, lse: Tensor, scale: float, into: Three | None = None,
     ) -> None:  # fmt: skip
         self.call, self.bias, self.scale = call, bias, scale
         self.d_out = d_out
@@ -101,14 +102,17 @@ class BackwardPlan:
         self.tensors = (query, key, value)
         self.out, self.lse = out.contiguous(), lse.contiguous()
         self.delta = torch.empty_like(self.lse)
-        self.d_query, self.d_key, self.d_value = (t.new_empty(t.shape) for t in (query, key, value))
+        # the kernels know gradients that are contiguous, and parts of one tensor
+        self.parts = 1 if into is None else 3
+        made = into or tuple(t.new_empty(t.shape) for t in (query, key, value))
+        self.d_query, self.d_key, self.d_value = made
         self.d_bias: Tensor | None = None
         if bias is not None:
             sizes = [2 * a.kernel_size - 1 for a in call.axes]
             self.d_bias = torch.zeros((call.heads, *sizes), dtype=torch.float32, device=query.device)
         self.tables_are_missing = False
         call.admit(query, key, value, self.d_out)
-        call.admit_rows(max(query.shape[-1], value.shape[-1]))
+        call.admit_rows(self.parts * max(query.shape[-1], value.shape[-1]))
 
     def _fixed(self, kernel: Any, row: Row, tile: Tile, grid: tuple[int, ...], *more: int, **constants: Any) -> Fixed:
         """``kernel`` for the layout of this call; ``more`` numbers and constants than all kernels take."""
@@ -119,7 +123,7 @@ class BackwardPlan:
         return Fixed(kernel, grid, numbers, constants, row, call.options(row))
 
     def _keep(self, kernel: str, row: Row, tile: Tile, make: Callable[[Row, Tile], T]) -> T:
-        name = (kernel, row.id, tile, self.bias is None, self.d_lse is None, self.scale)
+        name = (kernel, row.id, tile, self.bias is None, self.d_lse is None, self.scale, self.parts)
         return self.call.keep(name, lambda: make(row, tile))
 
     def query_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
@@ -143,7 +147,9 @@ class BackwardPlan:
     def _query(self, row: Row, tile: Tile) -> tuple[Fixed, Slabs, int, int]:
         """Also how the bias gradient of ``query_once`` is cut, the boxes and the groups of images."""
         call = self.call
-        options: dict[str, Any] = {"HAS_BIAS": self.bias is not None, "HAS_DLSE": self.d_lse is not None}
+        options: dict[str, Any] = {
+            "HAS_BIAS": self.bias is not None, "HAS_DLSE": self.d_lse is not None, "PARTS": self.parts
+        }  # fmt: skip
         slabs = Slabs(call.axes, tile, is_whole=True)
         count = boxes.programs(call.lengths, call.axes, tile.queries)
         if row.kernel == "query_loop":
@@ -187,11 +193,11 @@ class BackwardPlan:
 
     def _key(self, row: Row, tile: Tile) -> Fixed:
         call = self.call
-        has_bias = self.bias is not None
+        options = {"HAS_BIAS": self.bias is not None, "PARTS": self.parts}
         count = boxes.programs(call.lengths, call.axes, tile.keys)
         if row.kernel == "key_once":
             images = call.images(count * call.kv_heads)
             grid = (math.ceil(call.batch / images) * call.kv_heads, *split(count))
-            return self._fixed(key_kernels.key_once, row, tile, grid, images, HAS_BIAS=has_bias)
+            return self._fixed(key_kernels.key_once, row, tile, grid, images, **options)
         grid = (count, *split(call.batch * call.kv_heads))
-        return self._fixed(key_kernels.key_loop, row, tile, grid, HAS_BIAS=has_bias)
+        return self._fixed(key_kernels.key_loop, row, tile, grid, **options)

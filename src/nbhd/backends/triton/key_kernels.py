@@ -7,6 +7,7 @@ intervals too), for each query head that reads its key head. Scores are kept tra
 
 ``key_once`` and ``key_loop`` correspond to ``forward_once`` and ``forward_loop``. Near the ends of an axis more queries
 see a key than elsewhere, so that a box of keys may need more than one box of queries there: such a program walks.
+``PARTS`` is that of ``query_kernels``.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def key_once(
     images,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
     INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """A program does one box of keys of one key head, in ``images`` images one after the other."""
@@ -166,8 +167,9 @@ def key_once(
             w, ds = _weights(k, v, q, do, lse, delta, term, scale, PREC)
             dv = dot(w.to(do.dtype), do, PREC)
             dk = dot(ds.to(q.dtype), q, PREC)
-            store_rows(dk_ptr + base * D, own * D, dk * (scale * LN2), inside, D, BD)
-            store_rows(dv_ptr + base * DV, own * DV, dv, inside, DV, BDV)
+            base += b * tokens * kv_heads * (PARTS - 1)
+            store_rows(dk_ptr + base * D, own * (PARTS * D), dk * (scale * LN2), inside, D, BD)
+            store_rows(dv_ptr + base * DV, own * (PARTS * DV), dv, inside, DV, BDV)
     else:
         for i in tl.range(0, count, num_stages=1):
             b = (start + i).to(tl.int64)
@@ -179,8 +181,9 @@ def key_once(
                 x, f, z, g, G, L, d, qs, gs, qsh, gsh, heads, kv_group, scale,
                 D, BD, DV, BDV, AXES, TQ, TK, HAS_BIAS, INLINE, ALIGN, WIDE, PREC, 1,
             )  # fmt: skip
-            store_rows(dk_ptr + base * D, own * D, dk * (scale * LN2), inside, D, BD)
-            store_rows(dv_ptr + base * DV, own * DV, dv, inside, DV, BDV)
+            base += b * tokens * kv_heads * (PARTS - 1)
+            store_rows(dk_ptr + base * D, own * (PARTS * D), dk * (scale * LN2), inside, D, BD)
+            store_rows(dv_ptr + base * DV, own * (PARTS * DV), dv, inside, DV, BDV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -194,7 +197,7 @@ def key_loop(
     batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
     INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """A program does one box of keys of one key head of one image."""
@@ -220,7 +223,9 @@ def key_loop(
         heads, kv_group, scale, D, BD, DV, BDV, AXES, TQ, TK, HAS_BIAS, INLINE, ALIGN, WIDE, PREC, None,
     )  # fmt: skip
     inside = in_group(x, G)
-    base = b * (L0.to(tl.int64) * L1 * L2 * kv_heads) + kv_head
+    tokens = L0.to(tl.int64) * L1 * L2
+    base = b * (tokens * kv_heads) + kv_head
     own = tokens_of(clamp(x, G), g, L, d, WIDE) * kv_heads
-    store_rows(dk_ptr + base * D, own * D, dk * (scale * LN2), inside, D, BD)
-    store_rows(dv_ptr + base * DV, own * DV, dv, inside, DV, BDV)
+    base += b * tokens * kv_heads * (PARTS - 1)
+    store_rows(dk_ptr + base * D, own * (PARTS * D), dk * (scale * LN2), inside, D, BD)
+    store_rows(dv_ptr + base * DV, own * (PARTS * DV), dv, inside, DV, BDV)

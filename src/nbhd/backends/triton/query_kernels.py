@@ -4,7 +4,8 @@
     dS = P * (dP - delta)                     dQ = scale * dS K
 
 ``query_once`` and ``query_loop`` correspond to ``forward_once`` and ``forward_loop``. After ``query_loop`` the bias
-gradient is made by ``table_kernels``.
+gradient is made by ``table_kernels``. ``PARTS`` is 3 where the gradients of query, key and value are parts of one
+tensor ``[batch, *spatial, 3, heads, dim]``, else 1, and nothing of it is left in the machine code.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def query_once(
     images, first_box,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, PARTS: tl.constexpr,
     INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Tables ``[boxes, image groups, heads, W]``: dS is summed over images, then its diagonals are taken."""
@@ -129,7 +130,8 @@ def query_once(
         if HAS_BIAS:
             total += ds
         dq = dot(ds.to(k.dtype), k, PREC)
-        store_rows(dq_ptr + base * D, row * D, dq * (scale * LN2), inside, D, BD)
+        base += b * size * (PARTS - 1)
+        store_rows(dq_ptr + base * D, row * (PARTS * D), dq * (scale * LN2), inside, D, BD)
     if HAS_BIAS:
         SIZE: tl.constexpr = W[0] * W[1] * W[2]
         table = table_sums(total, slab_entry(f, u, (0, 0, 0), AXES), TQ, TK, W)
@@ -148,7 +150,7 @@ def query_loop(
     batch, heads, kv_group, L0, L1, L2, d0, d1, d2, scale,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     AXES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, PARTS: tl.constexpr,
     INLINE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, TWIN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """A program does one box of queries of one head of one image."""
@@ -176,7 +178,8 @@ def query_loop(
     end = end_keys(y, G, AXES)
     bias_ptr += head * (bias_size(AXES) + 2 * PAD) + PAD
     q_bias = bias_row(y, AXES)
-    base = b * (L0.to(tl.int64) * L1 * L2 * heads) + head
+    size = L0.to(tl.int64) * L1 * L2 * heads
+    base = b * size + head
     row = tokens_of(y, g, L, d, WIDE) * heads
     q = load_box(q_ptr + head * far(qsh, ALIGN) + b * far(qsb, ALIGN), qs, u, g, G, d, TQ, D, BD)
     do = load_box(do_ptr + head * far(gsh, ALIGN) + b * far(gsb, ALIGN), gs, u, g, G, d, TQ, DV, BDV)
@@ -201,4 +204,5 @@ def query_loop(
         ds = tl.exp2(s) * (dot_nt(do, v, PREC) - delta[:, None])
         acc = dot_add(ds.to(k.dtype), k, acc, PREC)
         at = next_box(at, f, z, TK)
-    store_rows(dq_ptr + base * D, row * D, acc * (scale * LN2), inside, D, BD)
+    base += b * size * (PARTS - 1)
+    store_rows(dq_ptr + base * D, row * (PARTS * D), acc * (scale * LN2), inside, D, BD)

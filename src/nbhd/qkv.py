@@ -1,0 +1,129 @@
+"""Query, key and value as parts of one tensor, as one projection makes them, and their gradients as parts of one.
+
+A layer projects its input once, to ``3 * heads * dim`` channels, and the operator reads the three parts where they lie.
+Taken apart by PyTorch's own views, their gradients come as three tensors, which autograd then copies into one: another
+pass over all of it, as long as a fifth of the operator's backward. `split_qkv` and `room_for_gradients` spare it: the
+backward writes all three into one tensor, and `split_qkv` hands that on as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbhd.errors import ArgumentError
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def split_qkv(qkv: Tensor, num_heads: int) -> Three:
+    """Query, key and value, as views, of a projection's output, whose channels are in this order: part, head, channel.
+
+    The same as ``qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)``; the gradients come back faster.
+
+    Args:
+        qkv: ``[batch, *spatial, 3 * num_heads * dim]``.
+        num_heads: heads of each.
+
+    Returns:
+        Three views ``[batch, *spatial, num_heads, dim]``.
+
+    Raises:
+        ArgumentError: the channels are no multiple of ``3 * num_heads``.
+
+    Example:
+        >>> qkv = torch.randn(2, 14, 14, 3 * 128)
+        >>> query, key, value = split_qkv(qkv, num_heads=4)
+        >>> query.shape
+        torch.Size([2, 14, 14, 4, 32])
+    """
+    if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+        raise ArgumentError(
+            f"qkv must have 3 * num_heads * dim channels, got {tuple(qkv.shape)} and num_heads {num_heads}."
+        )
+    if not (torch.is_grad_enabled() and qkv.requires_grad) or _knows_plain_operators_only(qkv):
+        return _views(qkv, num_heads)
+    query, key, value = _Split.apply(qkv, num_heads)
+    return query, key, value
+
+
+def _views(qkv: Tensor, num_heads: int) -> Three:
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    return query, key, value
+
+
+def _knows_plain_operators_only(qkv: Tensor) -> bool:
+    """Whether a compiler, a tracer, a transform or a class of tensors is to see what is done."""
+    return (
+        torch.compiler.is_compiling()
+        or type(qkv) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Three:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        parts = _views(qkv, num_heads)
+        ctx.part = parts[0].shape
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        given = [part for part in parts if part is not None]
+        if not given:
+            return None, None
+        # where grad is enabled the gradient itself is to be differentiated
+        whole = None if torch.is_grad_enabled() else _whole(*parts)
+        if whole is None:
+            zeros = given[0].new_zeros(()).expand(ctx.part)
+            whole = torch.stack([zeros if part is None else part for part in parts], -3)
+            whole = whole.view(*ctx.part[:-2], -1)
+        return whole, None
+
+
+def _whole(*parts: Tensor | None) -> Tensor | None:
+    """The tensor ``[..., 3 * heads * dim]`` that these are the parts of, or None if they are not."""
+    query, key, value = parts
+    if query is None or key is None or value is None or not are_parts(query, key, value):
+        return None
+    channels = 3 * query.shape[-2] * query.shape[-1]
+    return query.as_strided((*query.shape[:-2], channels), (*query.stride()[:-2], 1))
+
+
+def lie_as_parts(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether their shapes and strides are those of the parts of a tensor ``[..., 3 * heads * dim]``."""
+    *_, heads, dim = query.shape
+    return (
+        query.shape == key.shape == value.shape
+        and query.stride() == key.stride() == value.stride()
+        and query.stride()[-3:] == (3 * heads * dim, dim, 1)
+    )
+
+
+def are_parts(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether they are the parts, in this order, of a tensor ``[..., 3 * heads * dim]``."""
+    if not lie_as_parts(query, key, value):
+        return False
+    storage = query.untyped_storage().data_ptr()
+    part = query.shape[-2] * query.shape[-1]
+    first = query.storage_offset()
+    return (
+        key.untyped_storage().data_ptr() == storage == value.untyped_storage().data_ptr()
+        and key.storage_offset() == first + part
+        and value.storage_offset() == first + 2 * part
+    )
+
+
+def room_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> Three | None:
+    """Three empty parts of one tensor where these are parts of one; else None."""
+    if not are_parts(query, key, value):
+        return None
+    *places, heads, dim = query.shape
+    return _views(query.new_empty((*places, 3 * heads * dim)), heads)
