@@ -261,6 +261,43 @@ def test_only_the_log_sum_exp_in_use():
     assert d_query.abs().sum() > 0 and d_key.abs().sum() > 0
 
 
+def columns_first(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim < 4 else tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t),
+        (columns_first, lambda t: t),
+        (lambda t: (t.double(), t.dtype), lambda kept: kept[0].to(kept[1])),
+        (lambda t: t.numpy().tobytes(), None),
+    ],
+    ids=["dense", "columns-first", "double", "bytes"],
+)
+@pytest.mark.parametrize("layout", ["one-tensor", "heads-first"])
+def test_what_autograd_keeps_may_come_back_laid_out_otherwise(pack, unpack, layout):
+    """As with hooks that compress what is kept, or move it elsewhere for the time being."""
+    case, query, key, value, bias = arguments("2d-not-square", torch.float32)
+    given = torch.stack([query.detach(), key.detach(), value.detach()], -3 if layout == "one-tensor" else 1)
+    given.requires_grad_()
+
+    def call() -> Tensor:
+        q, k, v = given.unbind(-3 if layout == "one-tensor" else 1)
+        return nbhd.na2d(q, k, v, *case.geometry, rel_pos_bias=bias).sin().sum()
+
+    def of_bytes(kept):
+        raw, shape, dtype = kept
+        return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
+
+    expected = torch.autograd.grad(call(), (given, bias))
+    pack, unpack = (pack, unpack) if unpack else (lambda t: (t.numpy().tobytes(), t.shape, t.dtype), of_bytes)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: pack(t.detach()), unpack):
+        loss = call()
+    for one, other in zip(torch.autograd.grad(loss, (given, bias)), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_activation_checkpointing_and_deepcopy():
     layer = nbhd.nn.NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
     x = torch.randn(2, 5, 6, 8, requires_grad=True)

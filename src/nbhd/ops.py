@@ -107,7 +107,7 @@ class PreparedCall:
     checked. Of use where nobody watches the dispatcher (``is_watched``).
     """
 
-    __slots__ = ("arguments", "backend", "empty", "may_be_parts", "run")
+    __slots__ = ("arguments", "backend", "empty", "layouts", "may_be_parts", "run")
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood,
@@ -115,6 +115,7 @@ class PreparedCall:
     ) -> None:  # fmt: skip
         self.arguments = neighborhood, scale
         self.backend = backend
+        self.layouts = query.stride(), key.stride(), value.stride()
         self.empty = query.numel() == 0
         if self.empty:
             return
@@ -163,6 +164,11 @@ class PreparedCall:
             d_out, _resolved(d_lse), query, key, value, _resolved(rel_pos_bias), out, lse, into
         )
         return d_query, d_key, d_value, d_bias
+
+
+    def is_for(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether tensors that autograd kept lie as those of the forward did: its hooks may have kept copies of them."""
+        return (query.stride(), key.stride(), value.stride()) == self.layouts
 
 
 class _AnyCall:
@@ -287,7 +293,13 @@ class _Attend(torch.autograd.Function):
         call: PreparedCall = ctx.call
         given = (d_out, d_lse, query, key, value, rel_pos_bias, out, lse)
         # Where grad is enabled the gradient itself is to be differentiated, which the op knows how to.
-        if torch.is_grad_enabled() or is_watched(query, key, value, None) or _is_special(d_out) or _is_special(d_lse):
+        if (
+            torch.is_grad_enabled()
+            or is_watched(query, key, value, None)
+            or not call.is_for(query, key, value)
+            or _is_special(d_out)
+            or _is_special(d_lse)
+        ):
             neighborhood, scale = call.arguments
             *gradients, d_bias = torch.ops.nbhd.na_backward(*given, *flat(neighborhood), scale, call.backend)
         else:

@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -212,7 +212,7 @@ class PreparedCall:
             d_value = torch.empty_like(value) if value_is_dense else value.new_empty(value.shape)
             of_d_query, of_d_key, of_d_value = self._gradient_strides
         real = self._lse[1]
-        lse, d_lse, bias = lse.contiguous(), _dense(d_lse, real), _dense(rel_pos_bias, real)
+        lse, d_lse, bias = _dense(lse, real), _dense(d_lse, real), _dense(rel_pos_bias, real)
         d_bias = None if bias is None else torch.empty_like(bias)
         of_query, of_key, of_value = self._strides
         library = self._library
@@ -401,6 +401,10 @@ def _real(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+@overload
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
         return tensor
