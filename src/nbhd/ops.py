@@ -167,7 +167,7 @@ class PreparedCall:
 
 
     def is_for(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether tensors that autograd kept lie as those of the forward did: its hooks may have kept copies of them."""
+        """Whether what autograd kept lies as the forward's tensors did: hooks may have kept copies of them."""
         return (query.stride(), key.stride(), value.stride()) == self.layouts
 
 
