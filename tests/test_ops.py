@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import warnings
 
 import pytest
@@ -11,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 import nbhd
+from nbhd.functional import attention_scores
 from tests.cases import NAMED
 
 OPERATORS = {1: nbhd.na1d, 2: nbhd.na2d, 3: nbhd.na3d}
@@ -296,6 +299,57 @@ def test_what_autograd_keeps_may_come_back_laid_out_otherwise(pack, unpack, layo
         loss = call()
     for one, other in zip(torch.autograd.grad(loss, (given, bias)), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+CHANGES = {
+    "bfloat16": lambda t: t.bfloat16(),
+    "double": lambda t: t.double(),
+    "half-the-map": lambda t: t[:, : t.shape[1] // 2],
+    "one-channel": lambda t: t[..., :1],
+    "one-head": lambda t: t[..., :1, :],
+}
+KEPT = {  # the function, and how many tensors it keeps
+    "fused": (lambda q, k, v, b: nbhd.na2d(q, k, v, 3, rel_pos_bias=b), 6),
+    "scores": (lambda q, k, v, b: attention_scores(q, k, 3, rel_pos_bias=b), 3),
+    "sum": (lambda q, k, v, b: nbhd.apply_attention_weights(q[..., :9], v, 3), 2),
+}
+
+
+@pytest.mark.parametrize("through_op", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", KEPT)
+def test_what_autograd_keeps_must_not_come_back_as_something_else(name, change, through_op):
+    """Each tensor in turn: an error, or the right gradients where what has changed does not matter."""
+    call, count = KEPT[name]
+
+    def loss(hooked: int) -> Tensor:
+        number = itertools.count()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: change(t.detach()) if next(number) == hooked else t, lambda t: t
+        ):
+            watch = torch.profiler.profile() if through_op else contextlib.nullcontext()
+            with watch:
+                out = call(*given)
+        assert next(number) >= count
+        return out.sum()
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 8, 8, 2, 16)] * 3 + [(2, 5, 5)]
+    given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    expected = torch.autograd.grad(loss(-1), given, allow_unused=True)
+    refused = 0
+    for hooked in range(count):
+        result = loss(hooked)
+        try:
+            found = torch.autograd.grad(result, given, allow_unused=True)
+        except RuntimeError as error:
+            assert "autograd keeps" in str(error) or "invalid gradient" in str(error)  # ours, or PyTorch's own check
+            refused += 1
+            continue
+        for one, other in zip(found, expected, strict=True):
+            if one is not None:
+                torch.testing.assert_close(one, other, atol=0.1, rtol=0.05)  # a bias, or lse, may be rounded
+    assert refused >= min(2, count - 1)
 
 
 def test_activation_checkpointing_and_deepcopy():

@@ -13,7 +13,7 @@ import nbhd
 from nbhd import optimize
 from nbhd.errors import ArgumentError
 from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatModel
-from nbhd.models.nat.layers import NatDropPath
+from nbhd.models.nat.layers import NatDropPath, NeighborhoodAttention
 
 SETTINGS: dict[str, Any] = {
     "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "kernel_size": 3, "dilations": [[1], [2]], "num_labels": 5,
@@ -87,6 +87,60 @@ def test_one_product_gives_views_that_the_operator_takes_uncopied(monkeypatch):
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 2 * (1 + 1 + 2)  # qkv, projection, two of the MLP
     assert not [module for module in model.modules() if isinstance(module, (nn.Dropout, NatDropPath))]
+
+
+class Adapted(nn.Module):
+    """As adapters are made: a layer beside another one, whose weight it shows as its own."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.beside = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.beside(x)
+
+
+class OwnAttention(NeighborhoodAttention):
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> Any:
+        context, probabilities = super().forward(hidden_states, output_attentions)
+        return 2 * context, probabilities
+
+
+def _adapt(attention: NeighborhoodAttention) -> None:
+    attention.value = Adapted(attention.value)  # type: ignore[assignment]
+
+
+def _hook_part(attention: NeighborhoodAttention) -> None:
+    attention.value.register_forward_hook(lambda module, given, output: 100 * output)
+
+
+def _hook(attention: NeighborhoodAttention) -> None:
+    attention.register_forward_pre_hook(lambda module, given: (100 * given[0], *given[1:]))
+
+
+def _subclass(attention: NeighborhoodAttention) -> None:
+    attention.__class__ = OwnAttention
+
+
+def _replace_forward(attention: NeighborhoodAttention) -> None:
+    forward = attention.forward
+    attention.forward = lambda x, *rest: forward(100 * x, *rest)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [_adapt, _hook_part, _hook, _subclass, _replace_forward])
+def test_what_is_put_into_an_attention_is_kept(change):
+    model, pixels = _model(NatForImageClassification), torch.randn(2, 3, 32, 40)
+    plain = model(pixels).logits.detach()
+    change(model.nat.encoder.levels[0].layers[0].attention.self)
+    expected = model(pixels).logits.detach()
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    optimize.optimize_for_inference(model, dtype=None)
+    torch.testing.assert_close(model(pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    step = model.inference_report["fused qkv"]
+    assert step.done and step.reason.startswith("1 attentions make") and "; 1 are left as they are" in step.reason
 
 
 def test_attentions_are_returned_as_before():

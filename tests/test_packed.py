@@ -44,7 +44,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
 @pytest.mark.parametrize("shape", [(1, 64), (2, 7, 7, 100), (3, 50, 25, 48)], ids=str)
 def test_linear_is_as_exact(shape: tuple[int, ...], has_bias: bool, threads: int, packs: list[torch.Size]) -> None:
     torch.manual_seed(0)
-    plain = Linear(shape[-1], 77, bias=has_bias)
+    plain = Linear(shape[-1], 77, bias=has_bias).requires_grad_(False)
     layer, batch = PackedLinear(plain), torch.randn(shape)
     truth = batch.double() @ plain.weight.double().T + (plain.bias.double() if has_bias else 0)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_linear_is_as_exact(shape: tuple[int, ...], has_bias: bool, threads: int
 )
 def test_convolution_is_as_exact(options: dict, threads: int, packs: list[torch.Size]) -> None:
     torch.manual_seed(0)
-    plain = nn.Conv2d(32, 48, **options)
+    plain = nn.Conv2d(32, 48, **options).requires_grad_(False)
     layer = PackedConv2d(plain)
     with torch.no_grad():
         for size in ((2, 14, 15), (2, 14, 15), (1, 9, 20)):
@@ -102,10 +102,10 @@ def test_which_convolutions_suit() -> None:
         assert not PackedConv2d.suits(other)
 
 
-@pytest.mark.parametrize("change", ["in place", "loaded", "data", "parameter", "double"])
+@pytest.mark.parametrize("change", ["in place", "loaded", "data", "data in place", "numpy", "parameter", "double"])
 def test_a_changed_weight_is_packed_again(change: str, packs: list[torch.Size]) -> None:
     torch.manual_seed(0)
-    layer, batch = PackedLinear(Linear(64, 96)), torch.randn(5, 64)
+    layer, batch = PackedLinear(Linear(64, 96).requires_grad_(False)), torch.randn(5, 64)
     with torch.no_grad():
         layer(batch)
         if change == "in place":
@@ -114,14 +114,56 @@ def test_a_changed_weight_is_packed_again(change: str, packs: list[torch.Size]) 
             layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
         elif change == "data":
             layer.weight.data = torch.randn(96, 64)
+        elif change == "data in place":
+            layer.weight.data[:, 1:] += 1e-3  # which tells no version
+        elif change == "numpy":
+            layer.weight.numpy()[:] *= 2
         elif change == "parameter":
-            layer.weight = nn.Parameter(torch.randn(96, 64))
+            layer.weight = nn.Parameter(torch.randn(96, 64), requires_grad=False)
         else:
             layer.double()
             batch = batch.double()
         expected = functional.linear(batch, layer.weight, layer.bias)
         torch.testing.assert_close(layer(batch), expected)
     assert len(packs) == (1 if change == "double" else 2)
+    assert (layer._packed._kept is None) == (change == "double")
+
+
+def test_a_new_weight_may_lie_where_the_last_one_lay(packs: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    layer, batch = PackedLinear(Linear(128, 128, bias=False).requires_grad_(False)), torch.randn(5, 128)
+    addresses = set()
+    for _ in range(20):
+        layer.weight = None  # type: ignore[assignment]
+        layer.weight = nn.Parameter(torch.randn(128, 128), requires_grad=False)
+        addresses.add(layer.weight.data_ptr())
+        torch.testing.assert_close(layer(batch), batch @ layer.weight.T, rtol=1e-4, atol=1e-4)
+        other = torch.randn(128, 128)
+        replaced = torch.func.functional_call(layer, {"weight": other}, (batch,))
+        torch.testing.assert_close(replaced, batch @ other.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_weight_that_learns_is_not_packed(optimizer: type, packs: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    layer, batch = PackedLinear(Linear(64, 96)), torch.randn(5, 64)
+    learns = optimizer(layer.parameters(), 0.1, fused=True)  # fused ones tell no version
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(layer(batch), functional.linear(batch, layer.weight, layer.bias))
+        layer(batch).square().sum().backward()
+        learns.step()
+    assert not packs
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 96), (5, 96)])
+def test_biases_that_are_broadcast(shape: tuple[int, ...], packs: list[torch.Size]) -> None:
+    layer, batch = PackedLinear(Linear(64, 96).requires_grad_(False)), torch.randn(5, 64)
+    layer.bias = nn.Parameter(torch.randn(shape), requires_grad=False)
+    torch.testing.assert_close(layer(batch), functional.linear(batch, layer.weight, layer.bias))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        PackedLinear(Linear(64, 96).requires_grad_(False))(batch[:, :60].contiguous())
+    assert not packs
 
 
 @pytest.mark.parametrize(

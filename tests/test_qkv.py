@@ -29,16 +29,17 @@ def projected(*spatial: int, dtype: torch.dtype = torch.float32, batch: int = 2)
 
 
 def gradient(split: Callable, qkv: Tensor, use: Callable) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Of ``qkv``, of its three parts, and the output."""
-    qkv = qkv.detach().requires_grad_()
-    parts = split(qkv, HEADS)
+    """Of a projection ``qkv``, of its three parts, and the output."""
+    projection = qkv.detach().requires_grad_() * 1
+    parts = split(projection, HEADS)
     found: list[Tensor] = []
+    whole: list[Tensor] = []
+    projection.register_hook(whole.append)
     for part in parts:
         part.register_hook(found.append)
     out = use(*parts)
     out.backward(torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape))
-    assert qkv.grad is not None
-    return qkv.grad, found, out
+    return whole[0], found, out
 
 
 def test_parts_are_views() -> None:
@@ -150,6 +151,33 @@ def test_hooks_may_change_a_gradient() -> None:
         return qkv.grad
 
     torch.testing.assert_close(use(split_qkv), use(by_views))
+
+
+def test_a_kept_gradient_stays_as_it_is() -> None:
+    """A leaf's gradient is added to in place, so it must share no memory with what a hook was given."""
+    qkv, kept = projected(6, 7).requires_grad_(), []
+    query, key, value = split_qkv(qkv, HEADS)
+    query.register_hook(kept.append)
+    nbhd.na2d(query, key, value, 3).sum().backward()
+    before = kept[0].clone()
+    nbhd.na2d(*split_qkv(qkv, HEADS), 3).sum().backward()
+    assert torch.equal(kept[0], before)
+
+
+def test_no_image_at_all() -> None:
+    qkv = projected(6, 7, batch=0).requires_grad_()
+    nbhd.na2d(*split_qkv(qkv, HEADS), 3).sum().backward()
+    assert qkv.grad is not None and qkv.grad.shape == qkv.shape
+    layer = NeighborhoodAttention2D(HEADS * DIM, HEADS, 3)
+    layer(torch.randn(0, 6, 7, HEADS * DIM)).sum().backward()
+    assert layer.qkv.weight.grad is not None and not layer.qkv.weight.grad.any()
+
+
+@needs_library
+def test_one_gradient_alone_takes_no_more_room() -> None:
+    query, key, value = split_qkv(projected(6, 7).requires_grad_() * 1, HEADS)
+    (found,) = torch.autograd.grad(nbhd.na2d(query, key.detach(), value.detach(), 3).sum(), query)
+    assert found.is_contiguous() and found.untyped_storage().nbytes() == found.numel() * found.element_size()
 
 
 def test_the_same_gradient_each_time() -> None:

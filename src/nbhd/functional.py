@@ -316,7 +316,7 @@ def _signature(
     """All that checks, the choice of a backend and its preparations depend on; None if that cannot be told."""
     # 3.0 equals 3 and True equals 1, but they are refused
     kinds = tuple(map(_kind_of_parameter, (kernel_size, stride, dilation, is_causal)))
-    if list in map(type, (kernel_size, stride, dilation, is_causal)):  # as a configuration read from JSON has them
+    if not _HASHED.issuperset(map(type, (kernel_size, stride, dilation, is_causal))):  # such as lists, of a JSON
         kernel_size, stride, dilation, is_causal = map(_hashable, (kernel_size, stride, dilation, is_causal))
     try:
         signature = (
@@ -330,6 +330,10 @@ def _signature(
     except (TypeError, RuntimeError):  # not hashable, or no strided tensor
         return None
     return signature
+
+
+#: Parameters of these types are told apart by their values.
+_HASHED = frozenset((int, bool, tuple))
 
 
 def _kind_of_parameter(parameter: Any) -> Any:
@@ -483,7 +487,8 @@ def _too_large(axis: str, k: int, d: int, length: int) -> str:
 
 
 def _hashable(parameter: Any) -> Any:
-    return tuple(parameter) if isinstance(parameter, list) else parameter
+    is_other = isinstance(parameter, Sequence) and not isinstance(parameter, (tuple, str))
+    return tuple(parameter) if is_other else parameter
 
 
 def _per_axis(name: str, given: Any, axes: int) -> tuple[int, ...]:

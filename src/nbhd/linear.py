@@ -140,10 +140,15 @@ def _is_left_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not wants_gradient
         and weight.is_contiguous()
-        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+        and (bias is None or _is_plain_bias(bias, weight))
         and torch._C._len_torch_dispatch_stack() == 0
         and not _is_transformed()
     )
+
+
+def _is_plain_bias(bias: Tensor, weight: Tensor) -> bool:
+    """Whether ``bias`` is one number for each output; PyTorch's own products broadcast others."""
+    return bias.dtype == torch.float32 and bias.is_contiguous() and bias.shape == weight.shape[:1]
 
 
 def in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -247,6 +252,8 @@ def _suits(input: Tensor, weight: Tensor) -> bool:
 
 def _pays(input: Tensor, weight: Tensor, times_the_work: int, fewest_rows: int = FEWEST_ROWS) -> bool:
     if not _suits(input, weight) or not input.is_contiguous() or not torch.backends.mkldnn.enabled:
+        return False
+    if input.shape[-1:] != weight.shape[1:]:  # PyTorch's error says what does not fit
         return False
     enough_rows = input.numel() >= fewest_rows * weight.shape[1]
     return enough_rows and input.numel() * weight.shape[0] >= times_the_work * smallest_work()

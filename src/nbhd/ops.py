@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nbhd import backends
 from nbhd.backends import reference
+from nbhd.errors import BackendError
 from nbhd.geometry import Neighborhood
 from nbhd.qkv import lie_as_parts, room_for_gradients
 
@@ -70,6 +71,21 @@ def _resolved(tensor: Grad) -> Grad:
     return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
 
 
+def _expect(name: str, tensor: Grad, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Refuse what autograd kept and gives back changed: backends would read outside of it."""
+    if tensor is None or (tensor.shape == torch.Size(shape) and dtype in (None, tensor.dtype)):
+        return
+    raise BackendError(
+        f"{name} must be {_described(shape, dtype)} in the backward, got "
+        f"{_described(tensor.shape, dtype and tensor.dtype)}. Hooks on what autograd keeps "
+        "(torch.autograd.graph.saved_tensors_hooks) have to return the shape and dtype that they were given."
+    )
+
+
+def _described(shape: Sequence[int], dtype: torch.dtype | None) -> str:
+    return f"{list(shape)}" if dtype is None else f"{list(shape)} of {dtype}"
+
+
 def _bias_gradient(bias: Tensor | None, like: Tensor) -> Tensor:
     """What stands for the gradient of a bias that is not there: an op cannot return None."""
     return like.new_zeros(0) if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
@@ -107,7 +123,7 @@ class PreparedCall:
     checked. Of use where nobody watches the dispatcher (``is_watched``).
     """
 
-    __slots__ = ("arguments", "backend", "empty", "layouts", "may_be_parts", "run")
+    __slots__ = ("arguments", "backend", "empty", "kept", "may_be_parts", "run")
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood,
@@ -115,7 +131,7 @@ class PreparedCall:
     ) -> None:  # fmt: skip
         self.arguments = neighborhood, scale
         self.backend = backend
-        self.layouts = query.stride(), key.stride(), value.stride()
+        self.kept = _layout(query, key, value, rel_pos_bias)
         self.empty = query.numel() == 0
         if self.empty:
             return
@@ -153,22 +169,28 @@ class PreparedCall:
 
     def backward(
         self, d_out: Grad, d_lse: Grad, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None,
-        out: Tensor, lse: Tensor,
+        out: Tensor, lse: Tensor, all_wanted: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         if self.empty:
             return _no_gradients(query, key, value, rel_pos_bias)
         d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
         query, key, value = _rows(query), _rows(key), _rows(value)
-        into = room_for_gradients(query, key, value) if self.may_be_parts else None
+        into = room_for_gradients(query, key, value) if self.may_be_parts and all_wanted else None
         d_query, d_key, d_value, d_bias = self.run.backward(
             d_out, _resolved(d_lse), query, key, value, _resolved(rel_pos_bias), out, lse, into
         )
         return d_query, d_key, d_value, d_bias
 
+    def is_for(self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, lse: Tensor) -> bool:
+        """Whether what autograd kept is as the forward had it: hooks may have kept copies, laid out otherwise."""
+        return _layout(query, key, value, rel_pos_bias) == self.kept and lse.shape == query.shape[:-1]
 
-    def is_for(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether what autograd kept lies as the forward's tensors did: hooks may have kept copies of them."""
-        return (query.stride(), key.stride(), value.stride()) == self.layouts
+
+def _layout(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> tuple[Any, ...]:
+    return (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+        query.dtype, key.dtype, value.dtype, None if rel_pos_bias is None else rel_pos_bias.shape,
+    )  # fmt: skip
 
 
 class _AnyCall:
@@ -225,6 +247,14 @@ def _na_backward(
         d_query, d_key, d_value, d_bias = _no_gradients(query, key, value, rel_pos_bias)
     else:
         neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+        *places, heads, dim = query.shape
+        _expect("key", key, (*places, key.shape[-2], dim), query.dtype)
+        _expect("value", value, (*places, key.shape[-2], value.shape[-1]), query.dtype)
+        _expect("rel_pos_bias", rel_pos_bias, (heads, *(2 * k - 1 for k in kernel_size)))
+        for name, tensor in (("out", out), ("the gradient of out", d_out)):
+            _expect(name, tensor, (*places, heads, value.shape[-1]))
+        for name, tensor in (("lse", lse), ("the gradient of lse", d_lse)):
+            _expect(name, tensor, (*places, heads))
         d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
         query, key, value = _rows(query), _rows(key), _rows(value)
         chosen = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
@@ -296,14 +326,14 @@ class _Attend(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or is_watched(query, key, value, None)
-            or not call.is_for(query, key, value)
+            or not call.is_for(query, key, value, rel_pos_bias, lse)
             or _is_special(d_out)
             or _is_special(d_lse)
         ):
             neighborhood, scale = call.arguments
             *gradients, d_bias = torch.ops.nbhd.na_backward(*given, *flat(neighborhood), scale, call.backend)
         else:
-            *gradients, d_bias = call.backward(*given)
+            *gradients, d_bias = call.backward(*given, all(ctx.needs_input_grad[:3]))
         return *gradients, None if rel_pos_bias is None else d_bias, None
 
 
@@ -389,6 +419,9 @@ def _scores_backward(
     if query.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), _bias_gradient(rel_pos_bias, query)
     neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    _expect("key", key, (*query.shape[:-2], key.shape[-2], query.shape[-1]), query.dtype)
+    _expect("rel_pos_bias", rel_pos_bias, (query.shape[-2], *(2 * k - 1 for k in kernel_size)))
+    _expect("the gradient of the scores", d_scores, (*query.shape[:-1], neighborhood.slots))
     query, key = _rows(query), _rows(key)
     run = _unfused("scores_backward", backend, backends.Call(query, key, key, rel_pos_bias, neighborhood))
     d_query, d_key, d_bias = run(_rows(d_scores), query, key, rel_pos_bias, neighborhood, scale)
@@ -463,6 +496,9 @@ def _weighted_sum_backward(
     if weights.numel() == 0 or value.numel() == 0:
         return torch.zeros_like(weights), torch.zeros_like(value)
     neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
+    heads = weights.shape[-2]
+    _expect("weights", weights, (*value.shape[:-2], heads, neighborhood.slots), value.dtype)
+    _expect("the gradient of out", d_out, (*value.shape[:-2], heads, value.shape[-1]))
     weights, value = _rows(weights), _rows(value)
     call = backends.Call(_as_query(weights, value), value, value, None, neighborhood)
     d_weights, d_value = _unfused("weighted_sum_backward", backend, call)(_rows(d_out), weights, value, neighborhood)

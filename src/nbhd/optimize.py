@@ -110,12 +110,10 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
     model.eval().requires_grad_(False)
     removed = sum(_remove_dropout(nat) for nat in nats)
     report.add("evaluation mode", True, f"no gradients; {removed} modules of dropout and drop path taken out")
-    fused = sum(_fuse(nat) for nat in nats)
-    report.add(
-        "fused qkv",
-        fused > 0,
-        f"{fused} attentions make query, key and value in one product" if fused else "fused already",
-    )
+    fused, left = (sum(counts) for counts in zip(*map(_fuse, nats), strict=True))
+    done = [f"{fused} attentions make query, key and value in one product"] if fused else []
+    done += [f"{left} are left as they are, with hooks, adapters or layers of their own"] if left else []
+    report.add("fused qkv", fused > 0, "; ".join(done) or "fused already")
     _convert(model, dtype, report)
     _pack(nats, compile, report)
     _compile(nats, compile, next(model.parameters()).device, report)
@@ -137,19 +135,37 @@ def _remove_dropout(nat: nn.Module) -> int:
     return removed
 
 
-def _fuse(nat: nn.Module) -> int:
+def _fuse(nat: nn.Module) -> tuple[int, int]:
+    """How many attentions were fused, and how many had to be left."""
     from nbhd.models.nat.layers import NeighborhoodAttention
 
-    fused = 0
+    fused = left = 0
     for module in list(nat.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, NeighborhoodAttention):
+            if not isinstance(child, NeighborhoodAttention):
+                continue
+            if _may_be_fused(child):
                 setattr(module, name, FusedNeighborhoodAttention(child))
                 fused += 1
-    return fused
+            else:
+                left += 1
+    return fused, left
 
 
 PARTS = ("query", "key", "value")
+
+
+def _may_be_fused(attention: Any) -> bool:
+    """Whether the weights are all that the attention computes with: no hooks, adapters or classes of their own."""
+    from nbhd.models.nat.layers import NeighborhoodAttention
+
+    parts = [getattr(attention, name) for name in PARTS]
+    return (
+        type(attention) is NeighborhoodAttention
+        and all(type(part) is Linear for part in parts)
+        and all(is_plain(layer) for layer in (attention, *parts))
+        and len({part.bias is None for part in parts}) == 1
+    )
 
 
 class FusedNeighborhoodAttention(nn.Module):

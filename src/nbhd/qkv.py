@@ -71,7 +71,8 @@ class _Split(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Three:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         parts = _views(qkv, num_heads)
-        ctx.part = parts[0].shape
+        ctx.whole = qkv.shape
+        ctx.is_leaf = qkv.is_leaf
         return parts
 
     @staticmethod
@@ -82,9 +83,10 @@ class _Split(torch.autograd.Function):
         # where grad is enabled the gradient itself is to be differentiated
         whole = None if torch.is_grad_enabled() else _whole(*parts)
         if whole is None:
-            zeros = given[0].new_zeros(()).expand(ctx.part)
-            whole = torch.stack([zeros if part is None else part for part in parts], -3)
-            whole = whole.view(*ctx.part[:-2], -1)
+            zeros = given[0].new_zeros(()).expand(given[0].shape)
+            whole = torch.stack([zeros if part is None else part for part in parts], -3).view(ctx.whole)
+        elif ctx.is_leaf:  # it will be added to in place, and somebody may have kept the parts
+            whole = whole.clone()
         return whole, None
 
 

@@ -406,9 +406,9 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
 @overload
 def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
-    return tensor.detach().to(dtype).contiguous()
+    return tensor.detach().to(dtype).resolve_neg().contiguous()
 
 
 def _dense_stride(shape: Sequence[int]) -> tuple[int, ...]:
