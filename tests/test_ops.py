@@ -189,6 +189,42 @@ def test_forward_mode_differentiation():
     torch.testing.assert_close(derivative, numeric, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["fused", "lse", "scores", "sum", "layer"])
+@pytest.mark.parametrize("outside", [True, False])
+def test_forward_mode_through_the_backward(name, outside):
+    """What comes after the attention is dual: the gradients have tangents, linear in those of their own gradient."""
+    case, query, key, value, bias = arguments("2d-not-square")
+    leaves = [t for t in (query, key, value, bias) if t is not None]
+    geometry = case.geometry
+    projected = torch.stack([query, key, value], -3).detach().flatten(-3).requires_grad_()
+
+    def forward():
+        if name in ("fused", "lse"):
+            return nbhd.na2d(query, key, value, *geometry, rel_pos_bias=bias, return_lse=True)[name == "lse"]
+        if name == "layer":
+            return nbhd.na2d(*nbhd.split_qkv(projected, query.shape[-2]), *geometry)
+        scores = attention_scores(query, key, *geometry, rel_pos_bias=bias)
+        return scores if name == "scores" else nbhd.apply_attention_weights(scores, value, *geometry)
+
+    wanted = [projected] if name == "layer" else leaves
+    factor, tangent = torch.randn(2, *forward().shape, dtype=torch.float64)
+
+    def gradients(out, weight):
+        found = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+        return [g for g in found if g is not None]
+
+    expected = gradients(forward(), tangent)
+    before = forward() if outside else None
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(factor, tangent)
+        found = gradients(forward() if before is None else before, dual)
+        unpacked = [torch.autograd.forward_ad.unpack_dual(g) for g in found]
+    assert len(expected) == len(found) > 0
+    for (primal, along), one, other in zip(unpacked, expected, gradients(forward(), factor), strict=True):
+        torch.testing.assert_close(primal, other)
+        torch.testing.assert_close(along, one)
+
+
 def test_batches_of_gradients():
     """``is_grads_batched``, which jacobian and hessian take with ``vectorize``, of either result."""
     case, query, key, value, bias = arguments("2d-not-square")

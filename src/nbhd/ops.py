@@ -295,11 +295,35 @@ def _na_autograd(ctx: Any, d_out: Grad, d_lse: Grad) -> tuple[Any, ...]:
     nothing = (None,) * 10
     if d_out is None and d_lse is None:
         return nothing
-    query, key, value, rel_pos_bias, out, lse = ctx.saved_tensors
-    d_query, d_key, d_value, d_bias = torch.ops.nbhd.na_backward(
-        d_out, d_lse, query, key, value, rel_pos_bias, out, lse, *ctx.options
+    return *_na_gradients((d_out, d_lse), ctx.saved_tensors, ctx.options), *nothing[4:]
+
+
+def _na_gradients(gradients: tuple[Grad, ...], kept: tuple[Any, ...], options: Sequence[Any]) -> tuple[Grad, ...]:
+    """By the op, of query, key, value and bias."""
+
+    def backward(d_out: Grad, d_lse: Grad) -> tuple[Grad, ...]:
+        d_query, d_key, d_value, d_bias = torch.ops.nbhd.na_backward(d_out, d_lse, *kept, *options)
+        return d_query, d_key, d_value, None if kept[3] is None else d_bias
+
+    return _along_tangents(backward, gradients)
+
+
+def _along_tangents(backward: Any, gradients: tuple[Grad, ...]) -> tuple[Grad, ...]:
+    """``backward(*gradients)`` in forward mode as well: it is linear in the gradients, and ops drop their tangents."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return tuple(backward(*gradients))
+    pairs = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in gradients]
+    if all(tangent is None for _, tangent in pairs):
+        return tuple(backward(*gradients))
+    primals = backward(*(primal for primal, _ in pairs))
+    tangents = backward(
+        *(torch.zeros_like(p) if p is not None and tangent is None else tangent for p, tangent in pairs)
     )
-    return d_query, d_key, d_value, None if rel_pos_bias is None else d_bias, *nothing[4:]
+    return tuple(
+        None if primal is None else forward_ad.make_dual(primal, tangent)
+        for primal, tangent in zip(primals, tangents, strict=True)
+    )
 
 
 class _Attend(torch.autograd.Function):
@@ -320,8 +344,8 @@ class _Attend(torch.autograd.Function):
         if d_out is None and d_lse is None:
             return (None,) * 5
         query, key, value, rel_pos_bias, out, lse = ctx.saved_tensors
+        kept = (query, key, value, rel_pos_bias, out, lse)
         call: PreparedCall = ctx.call
-        given = (d_out, d_lse, query, key, value, rel_pos_bias, out, lse)
         # Where grad is enabled the gradient itself is to be differentiated, which the op knows how to.
         if (
             torch.is_grad_enabled()
@@ -331,9 +355,8 @@ class _Attend(torch.autograd.Function):
             or _is_special(d_lse)
         ):
             neighborhood, scale = call.arguments
-            *gradients, d_bias = torch.ops.nbhd.na_backward(*given, *flat(neighborhood), scale, call.backend)
-        else:
-            *gradients, d_bias = call.backward(*given, all(ctx.needs_input_grad[:3]))
+            return *_na_gradients((d_out, d_lse), kept, (*flat(neighborhood), scale, call.backend)), None
+        *gradients, d_bias = call.backward(d_out, d_lse, *kept, all(ctx.needs_input_grad[:3]))
         return *gradients, None if rel_pos_bias is None else d_bias, None
 
 
@@ -442,9 +465,13 @@ def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _scores_autograd(ctx: Any, d_scores: Tensor) -> tuple[Any, ...]:
-    query, key, rel_pos_bias = ctx.saved_tensors
-    d_query, d_key, d_bias = torch.ops.nbhd.scores_backward(d_scores, query, key, rel_pos_bias, *ctx.options)
-    return d_query, d_key, None if rel_pos_bias is None else d_bias, *(None,) * len(ctx.options)
+    kept = ctx.saved_tensors
+
+    def backward(d_scores: Tensor) -> tuple[Grad, ...]:
+        d_query, d_key, d_bias = torch.ops.nbhd.scores_backward(d_scores, *kept, *ctx.options)
+        return d_query, d_key, None if kept[2] is None else d_bias
+
+    return *_along_tangents(backward, (d_scores,)), *(None,) * len(ctx.options)
 
 
 def _scores_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -516,9 +543,12 @@ def _weighted_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _weighted_sum_autograd(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-    weights, value = ctx.saved_tensors
-    d_weights, d_value = torch.ops.nbhd.weighted_sum_backward(d_out, weights, value, *ctx.options)
-    return d_weights, d_value, *(None,) * len(ctx.options)
+    kept = ctx.saved_tensors
+
+    def backward(d_out: Tensor) -> tuple[Grad, ...]:
+        return tuple(torch.ops.nbhd.weighted_sum_backward(d_out, *kept, *ctx.options))
+
+    return *_along_tangents(backward, (d_out,)), *(None,) * len(ctx.options)
 
 
 def _weighted_sum_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
