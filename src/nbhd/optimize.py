@@ -66,9 +66,9 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
     """Make a model fast to run, in place.
 
     Evaluation mode, no gradients; dropout and drop path taken out; the three products for query, key and value of each
-    neighborhood attention fused into one, whose result the operator reads through strided views, without copies. On
-    CPUs where it is faster (`nbhd.packed.packing_is_faster`), float32 weights are kept a second time, in the order they
-    are multiplied in.
+    neighborhood attention fused into one, whose result the operator reads through strided views, without copies
+    (attentions with hooks, adapters or a ``forward`` of their own stay as they are). On CPUs where it is faster
+    (`nbhd.packed.packing_is_faster`), float32 weights are kept a second time, in the order they are multiplied in.
 
     Args:
         model: `NatForImageClassification`, `NatModel`, `NatBackbone`, or any model with one of them inside. What is not
