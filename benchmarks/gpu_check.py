@@ -90,11 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     if backend.why_unusable() is not None:
         return _refuse(str(backend.why_unusable()))
     if options.interpret:
-        if os.environ.get("TRITON_INTERPRET") != "1":  # it is read when Triton is imported
-            os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TRITON_INTERPRET"] = "1"  # it is read when Triton is imported
         device = torch.device("cpu")
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        return _refuse("TRITON_INTERPRET=1 is set: the kernels would not run on the GPU. Unset it, or add --interpret.")
+    elif backend._is_interpreted():
+        return _refuse("TRITON_INTERPRET is set: the kernels would not run on the GPU. Unset it, or add --interpret.")
     elif not torch.cuda.is_available():
         return _refuse(
             "PyTorch sees no GPU (torch.cuda.is_available() is False). Run this on a machine with one and a build of "

@@ -26,6 +26,7 @@ from benchmarks import gpu_children, gpu_graphs
 from benchmarks.gpu_children import Job, Outcome
 from nbhd.backends import reference, triton
 from nbhd.geometry import Neighborhood
+from nbhd.qkv import room_for_gradients
 
 NAMES = ("out", "lse", "d_query", "d_key", "d_value", "d_rel_pos_bias")
 UNFUSED = ("scores", "d_query", "d_key", "d_rel_pos_bias", "out", "d_weights", "d_value")
@@ -277,7 +278,8 @@ def _arguments(setting: Setting, dtype: torch.dtype, device: torch.device) -> tu
 def _fused(module: Any, arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     query, key, value, bias, d_out, d_lse, neighborhood, scale = arguments
     out, lse = module.forward(query, key, value, bias, neighborhood, scale)
-    return out, lse, *module.backward(d_out, d_lse, query, key, value, bias, out, lse, neighborhood, scale)
+    into = room_for_gradients(query, key, value)  # parts of one tensor, as layers have them, get such gradients
+    return out, lse, *module.backward(d_out, d_lse, query, key, value, bias, out, lse, neighborhood, scale, into)
 
 
 def _unfused(module: Any, arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:

@@ -172,11 +172,11 @@ def measure(
                 one = make(contender, [contender.inputs])
                 entry["first_call_seconds"][how] = first_call(one)
                 entry["peak_bytes"][how] = peak_bytes(one)
-            if contender.comparable is not None and len(names) > 1:
-                with torch.no_grad():
-                    outputs[name] = contender.comparable(contender.call(*contender.inputs)).float()
             sets = copied(contender, count)
             each = {(name, how, "eager"): make(contender, sets) for how, make in (("forward", forward), ("both", both))}
+            if contender.comparable is not None and len(names) > 1:  # last: who is in here is a contender
+                with torch.no_grad():
+                    outputs[name] = contender.comparable(contender.call(*contender.inputs)).float()
         except NotHere as reason:
             found["notes"][name] = str(reason)
             continue

@@ -286,6 +286,22 @@ def test_who_fails_while_it_is_timed_is_left_out_alone(monkeypatch):
     assert len(found["contenders"]["nbhd"]["graph_ms"]["both"]) == 2
 
 
+def test_who_has_no_room_for_its_inputs_is_left_out_alone(monkeypatch):
+    copied, asked = gpu_timing.copied, []
+
+    def second_fails(contender, count):
+        asked.append(contender)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return copied(contender, count)
+
+    monkeypatch.setattr(gpu_timing, "copied", second_fails)
+    for name in ("nbhd", "large"):
+        monkeypatch.setitem(gpu_timing.PEERS, name, twin)
+    found = gpu_timing.measure(TINY, ["nbhd", "large"], CPU, rounds=1)
+    assert set(found["contenders"]) == {"nbhd"} and found["notes"]["large"] == "OutOfMemoryError: no room"
+
+
 def test_a_peer_that_disagrees_is_told_from_rounding(monkeypatch):
     def off(by):
         def prepare(case, device):
@@ -684,13 +700,19 @@ from benchmarks import gpu_numerics
 from nbhd.backends.triton import launches
 images, real = set(), launches.Map.images
 launches.Map.images = lambda self, programs: (images.add(real(self, programs)), real(self, programs))[1]
+parts, constants = set(), launches.Map.constants
+def noted(self, row, tile, **more):
+    parts.add(more.get("PARTS", 1))
+    return constants(self, row, tile, **more)
+launches.Map.constants = noted
 setting = gpu_numerics.Setting("nat", (3, 4), (3, 3), heads=1, kv_heads=1, dim=8, dim_v=8)
 plain = gpu_numerics._arguments(setting._replace(batch=5), torch.float32, torch.device("cpu"))
 gpu_numerics._fused(gpu_numerics.triton, plain)  # the same layout, and what is remembered of it
 for form in (*gpu_numerics.IMAGES, *gpu_numerics.MORE):
-    images.clear()
+    images.clear(), parts.clear()
     found = gpu_numerics._one(setting, "float32", form, "cpu")
-    print(json.dumps([form, found["passed"], found.get("unequal"), sorted(images) if "images" in form else None]))
+    seen = sorted(images) if "images" in form else sorted(parts) if form == "fused-qkv" else None
+    print(json.dumps([form, found["passed"], found.get("unequal"), seen]))
 real_attend, nbhd = gpu_numerics.nbhd.na2d, gpu_numerics.nbhd
 calls = []
 def other(*given, **options):
@@ -703,7 +725,8 @@ print(json.dumps(["other", gpu_numerics._one(setting, "float32", "compiled", "cp
     assert found[:-1] == [
         ["two-images", True, None, [2]],
         ["five-images", True, None, [5]],
-        *([form, True, None, None] for form in gpu_numerics.MORE[:4]),
+        ["fused-qkv", True, None, [1, 3]],  # gradients in one tensor
+        *([form, True, None, None] for form in gpu_numerics.MORE[1:4]),
         *([form, True, [], None] for form in ("graph", "compiled")),
     ]  # fmt: skip
     assert "out" in found[-1][1]

@@ -123,7 +123,7 @@ class PreparedCall:
     checked. Of use where nobody watches the dispatcher (``is_watched``).
     """
 
-    __slots__ = ("arguments", "backend", "empty", "kept", "may_be_parts", "run")
+    __slots__ = ("arguments", "backend", "empty", "kept", "lse_dtype", "may_be_parts", "run")
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood,
@@ -132,6 +132,7 @@ class PreparedCall:
         self.arguments = neighborhood, scale
         self.backend = backend
         self.kept = _layout(query, key, value, rel_pos_bias)
+        self.lse_dtype = reference.accumulation_dtype(query.dtype)
         self.empty = query.numel() == 0
         if self.empty:
             return
@@ -181,15 +182,25 @@ class PreparedCall:
         )
         return d_query, d_key, d_value, d_bias
 
-    def is_for(self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, lse: Tensor) -> bool:
+    def is_for(
+        self, query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, out: Tensor, lse: Tensor
+    ) -> bool:
         """Whether what autograd kept is as the forward had it: hooks may have kept copies, laid out otherwise."""
-        return _layout(query, key, value, rel_pos_bias) == self.kept and lse.shape == query.shape[:-1]
+        places = query.shape[:-1]
+        return (
+            _layout(query, key, value, rel_pos_bias) == self.kept
+            and lse.shape == places
+            and lse.dtype == self.lse_dtype
+            and out.shape == (*places, value.shape[-1])
+            and out.dtype == query.dtype
+        )
 
 
 def _layout(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> tuple[Any, ...]:
     return (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
-        query.dtype, key.dtype, value.dtype, None if rel_pos_bias is None else rel_pos_bias.shape,
+        query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+        None if rel_pos_bias is None else rel_pos_bias.shape,
     )  # fmt: skip
 
 
@@ -253,6 +264,7 @@ def _na_backward(
         _expect("rel_pos_bias", rel_pos_bias, (heads, *(2 * k - 1 for k in kernel_size)))
         for name, tensor in (("out", out), ("the gradient of out", d_out)):
             _expect(name, tensor, (*places, heads, value.shape[-1]))
+        lse = lse.to(reference.accumulation_dtype(query.dtype))
         for name, tensor in (("lse", lse), ("the gradient of lse", d_lse)):
             _expect(name, tensor, (*places, heads))
         d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
@@ -350,7 +362,7 @@ class _Attend(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or is_watched(query, key, value, None)
-            or not call.is_for(query, key, value, rel_pos_bias, lse)
+            or not call.is_for(query, key, value, rel_pos_bias, out, lse)
             or _is_special(d_out)
             or _is_special(d_lse)
         ):

@@ -115,6 +115,8 @@ def test_autograd_compile_and_no_waiting_for_the_device():
     waiting = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "_to_cpu"}
     assert not {name for name in seen if name.split(".")[1] in waiting}
     assert all(found["compiled"]["same"]) and all(found["autograd"]["close"]) and all(found["weights"]["close"])
+    too_large = found["too-large"]
+    assert all(too_large["close"]) and too_large["tried"] == too_large["distinct"] > 0 and too_large["targets"] == 1
 
 
 @needs_triton

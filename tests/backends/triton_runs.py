@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
+from triton.runtime.errors import OutOfResources
 
 from nbhd import apply_attention_weights, na2d
 from nbhd.backends import reference, triton as backend
@@ -392,6 +393,7 @@ def framework() -> None:
     )  # fmt: skip
     say("compiled", same=[torch.equal(a, b) for a, b in zip(eager, other, strict=True)])
     say("autograd", close=[torch.allclose(a, b, atol=1e-5) for a, b in zip(eager, truth, strict=True)])
+    fallback()
     weights = torch.softmax(torch.randn(1, 3, 4, 1, 9), -1).requires_grad_()
     given = [weights, value]
     found, wanted = (
@@ -399,6 +401,32 @@ def framework() -> None:
         for name in ("triton", "reference")
     )
     say("weights", close=[torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True)])
+
+
+def fallback() -> None:
+    """A row that turns out too large for the device: the next one is run, and on another device it is tried again."""
+    arguments = make(case((6, 7), 3), F32)
+    ranked, real, tried = launches.rows_of, launches.Launch.run, []
+
+    def loops_first(call, kernel, has_bias):
+        return tuple(sorted(ranked(call, kernel, has_bias), key=lambda found: not found[0].kernel.endswith("loop")))
+
+    def refuse_loops(self):
+        if self.row is not None and self.row.kernel == "query_loop":
+            tried.append(self.row.id)
+            raise OutOfResources(1 << 20, 1 << 10, "shared memory")
+        real(self)
+
+    forget()
+    launches.rows_of, launches.Launch.run = loops_first, refuse_loops
+    found, again = run(backend, *arguments), run(backend, *arguments)
+    known = {target for target, *_ in launches._too_large}
+    launches.rows_of, launches.Launch.run = ranked, real
+    launches._too_large.clear()
+    forget()
+    wanted = run(reference, *arguments)
+    close = [torch.allclose(a, b, atol=1e-5) for each in (found, again) for a, b in zip(each, wanted, strict=True)]
+    say("too-large", close=close, tried=len(tried), distinct=len(set(tried)), targets=len(known))
 
 
 def overflow() -> None:

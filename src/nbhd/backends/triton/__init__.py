@@ -59,7 +59,7 @@ def version() -> tuple[int, ...] | None:
 
 
 def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 def why_not(call: Call) -> str | None:

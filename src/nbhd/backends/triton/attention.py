@@ -16,6 +16,9 @@ from nbhd.backends.triton.launches import LOG2E, Fixed, Launch, Map, Slabs, T, c
 from nbhd.geometry import Neighborhood
 from nbhd.qkv import Three
 
+#: Below it a product of scale and score is not a normal float32 number any more.
+SMALLEST_SCALE = 1e-30
+
 
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None, neighborhood: Neighborhood, scale: float
@@ -60,7 +63,8 @@ class ForwardPlan:
             images = call.images(count * call.heads)
             grid = (math.ceil(call.batch / images) * call.heads, *split(count))
             return Fixed(forward_kernels.forward_once, grid, [*numbers, images], constants, row, call.options(row))
-        constants["FINAL"] = self.bias is not None or not self.scale > 0
+        # as float32, which the kernels have it in, a tiny scale may be zero
+        constants["FINAL"] = self.bias is not None or not self.scale > SMALLEST_SCALE
         grid = (count, *split(call.batch * call.heads))
         return Fixed(forward_kernels.forward_loop, grid, numbers, constants, row, call.options(row))
 
@@ -127,13 +131,14 @@ class BackwardPlan:
         return self.call.keep(name, lambda: make(row, tile))
 
     def query_launches(self, row: Row, tile: Tile) -> Iterator[Launch]:
+        # said anew by each row that is tried: the first may be too large for the device
+        self.tables_are_missing = row.kernel == "query_loop" and self.bias is not None
         padded, made = self.call.padded_bias(self.bias, tile, self.lse)
         yield from made
         d_lse = self.lse if self.d_lse is None else self.d_lse
         given = [*self.tensors, self.out, self.d_out, self.lse, d_lse, padded, self.d_query, self.delta]
         fixed, slabs, count, groups = self._keep("query", row, tile, self._query)
         if row.kernel == "query_loop":
-            self.tables_are_missing = self.bias is not None
             yield fixed.launch(given)
         elif self.d_bias is None:
             yield fixed.launch((*given, self.lse), split(count), (0,))

@@ -341,7 +341,7 @@ def rows_of(call: Map, kernel: str, has_bias: bool) -> tuple[tuple[Row, Tile], .
     return found
 
 
-_too_large: set[tuple[str, str]] = set()
+_too_large: set[tuple[Target, str, str]] = set()
 
 
 def execute(
@@ -350,7 +350,7 @@ def execute(
     """Run the launches of the best row that the device takes: one too large for it is not tried twice."""
     found = call.keep(("rows", kernel, has_bias), lambda: rows_of(call, kernel, has_bias))
     for i, (row, tile) in enumerate(found):
-        if _too_large and (call.problem(kernel, has_bias).key, row.id) in _too_large:
+        if _too_large and (call.target, call.problem(kernel, has_bias).key, row.id) in _too_large:
             continue
         try:
             for launch in build(row, tile):
@@ -359,5 +359,5 @@ def execute(
         except OutOfResources:
             if i == len(found) - 1:
                 raise
-            _too_large.add((call.problem(kernel, has_bias).key, row.id))
+            _too_large.add((call.target, call.problem(kernel, has_bias).key, row.id))
     raise LookupError(f"no configuration of {kernel} fits {call.target}.")
