@@ -321,6 +321,14 @@ def test_a_program_of_torch_export_in_a_fresh_process(standalone, network, proce
     assert run.stdout.split()[-1:] == [str(not standalone)], run.stderr
 
 
+def test_models_that_return_tuples(tmp_path):
+    model, pixels = _network(return_dict=False), torch.randn(1, 3, 56, 56)
+    export(model, tmp_path / "nat.pt2", "torch-export", size=(56, 56), standalone=True)
+    with torch.inference_mode():
+        found = open_exported(tmp_path / "nat.pt2")(pixels).logits
+        torch.testing.assert_close(found, model(pixels)[0], atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a C++ compiler at work
 def test_a_compiled_package_takes_any_batch(network, processor, tmp_path):

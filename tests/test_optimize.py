@@ -192,6 +192,36 @@ def test_auto_takes_bfloat16_where_it_is_measured_to_be_faster(monkeypatch, gain
     assert "on this CPU" in step.reason
 
 
+def test_every_parameter_is_converted_and_not_the_first_alone():
+    model = Around()
+    model.head.half(), model.backbone.embeddings.half()
+    optimize.optimize_for_inference(model, dtype=torch.float16)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert model.inference_report["dtype"].reason == "float16 and float32 to float16"
+    model = optimize.optimize_for_inference(model, dtype=torch.float16)
+    assert model.inference_report["dtype"].reason == "it is float16 already"
+
+
+class Wrapped(torch.Tensor):
+    """As quantised weights are: a class of tensors that knows few functions."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.cat:
+            raise NotImplementedError("no cat")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_of_other_classes_are_left_alone():
+    model, pixels = _model(NatForImageClassification), torch.randn(2, 3, 32, 40)
+    expected = model(pixels).logits.detach()
+    key = model.nat.encoder.levels[0].layers[0].attention.self.key
+    key.weight = nn.Parameter(key.weight.detach().as_subclass(Wrapped), requires_grad=False)
+    optimize.optimize_for_inference(model, dtype=None)
+    torch.testing.assert_close(model(pixels).logits.as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-5)
+    assert "1 are left" in model.inference_report["fused qkv"].reason
+
+
 def test_bfloat16_stays_close():
     model = _model(NatForImageClassification)
     before = copy.deepcopy(model)

@@ -142,7 +142,7 @@ def _is_left_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_contiguous()
         and (bias is None or _is_plain_bias(bias, weight))
         and torch._C._len_torch_dispatch_stack() == 0
-        and not _is_transformed()
+        and not is_transformed()
     )
 
 
@@ -274,14 +274,14 @@ def _graph_takes_operator(input: Tensor, weight: Tensor) -> bool:
     return _suits(input, weight) and _mkl_is_slow_when_compiled()
 
 
-def _is_transformed() -> bool:
-    """Whether torch.func or dual numbers are at work, which ask for rules that some operators do not have."""
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or dual numbers are at work, which ask for rules that some operators do not have."""
     in_function = torch._C._functorch.peek_interpreter_stack() is not None
     return in_function or torch.autograd.forward_ad._current_level >= 0
 
 
 def _mkl_is_slow_when_compiled() -> bool:
-    return mkl_is_slow() and not _is_transformed()
+    return mkl_is_slow() and not is_transformed()
 
 
 # torch.compiler.assume_constant_result, which would import the compiler: it is called and not looked into.

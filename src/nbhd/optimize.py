@@ -114,7 +114,7 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
     done = [f"{fused} attentions make query, key and value in one product"] if fused else []
     done += [f"{left} are left as they are, with hooks, adapters or layers of their own"] if left else []
     report.add("fused qkv", fused > 0, "; ".join(done) or "fused already")
-    _convert(model, dtype, report)
+    _convert(model, nats, dtype, report)
     _pack(nats, compile, report)
     _compile(nats, compile, next(model.parameters()).device, report)
     model.inference_report = report  # type: ignore[assignment]
@@ -165,6 +165,8 @@ def _may_be_fused(attention: Any) -> bool:
         and all(type(part) is Linear for part in parts)
         and all(is_plain(layer) for layer in (attention, *parts))
         and len({part.bias is None for part in parts}) == 1
+        and all(type(part.weight) is nn.Parameter for part in parts)
+        and len({(part.weight.dtype, part.weight.device) for part in parts}) == 1
     )
 
 
@@ -221,8 +223,8 @@ def _join(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> 
             state[f"{prefix}qkv.{name}"] = torch.cat([state.pop(key) for key in keys])
 
 
-def _convert(model: nn.Module, dtype: Any, report: InferenceReport) -> None:
-    now = next(model.parameters())
+def _convert(model: nn.Module, nats: list[nn.Module], dtype: Any, report: InferenceReport) -> None:
+    now = next(parameter for parameter in nats[0].parameters() if parameter.is_floating_point())
     if dtype is None:
         report.add("dtype", False, f"left at {_name(now.dtype)} as asked")
         return
@@ -242,13 +244,14 @@ def _convert(model: nn.Module, dtype: Any, report: InferenceReport) -> None:
             report.add("dtype", False, f"left at float32: {measured}")
             return
         dtype = torch.bfloat16
-    if now.dtype == dtype:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtypes == {dtype}:
         report.add("dtype", False, f"it is {_name(dtype)} already")
         return
-    before = now.dtype  # the parameter itself is converted
+    before = " and ".join(sorted(map(_name, dtypes)))
     model.to(dtype)
     slower = "" if gain is None or gain >= 1 else "; expect it to be slower, though half the size"
-    report.add("dtype", True, f"{_name(before)} to {_name(dtype)}" + (f": {measured}{slower}" if measured else ""))
+    report.add("dtype", True, f"{before} to {_name(dtype)}" + (f": {measured}{slower}" if measured else ""))
 
 
 @functools.cache
@@ -301,6 +304,8 @@ def _pack_layers(nat: nn.Module) -> list[Tensor]:
     for module in list(nat.modules()):
         for name, child in list(module.named_children()):
             packed: nn.Module
+            if type(getattr(child, "weight", None)) is not nn.Parameter:
+                continue
             if type(child) is Linear and is_plain(child):
                 packed = PackedLinear(child)
             elif isinstance(child, nn.Conv2d) and PackedConv2d.suits(child) and is_plain(child):

@@ -83,7 +83,7 @@ class Outputs(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The logits, the feature maps, or the last hidden state and its mean."""
-        found = self.model(pixel_values)
+        found = self.model(pixel_values, return_dict=True)
         if self.task == "image-classification":
             logits: Tensor = found.logits
             return logits

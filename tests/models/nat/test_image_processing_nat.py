@@ -63,6 +63,28 @@ def test_arrays_and_tensors_are_images_too(make: Any) -> None:
     np.testing.assert_allclose(pixels[0], expected(picture()), atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint16", "int16"])
+def test_integers_of_any_width_are_the_same_image(dtype: str) -> None:
+    array, processor = np.asarray(picture()), NatImageProcessor()
+    same = processor(array)["pixel_values"][0]
+    assert np.array_equal(processor(array.astype(dtype))["pixel_values"][0], same)
+    if dtype != "uint16":
+        assert np.array_equal(processor(torch.tensor(array.astype(dtype)))["pixel_values"][0], same)
+    wide = array.astype(dtype)
+    wide[5, 5] = 256
+    with pytest.raises(ArgumentError, match="must be in 0 to 255, got .* to 256"):
+        processor(wide)
+
+
+def test_grey_arrays_of_two_axes() -> None:
+    grey, processor = picture(mode="L"), NatImageProcessor()
+    same, array = processor(grey)["pixel_values"][0], np.asarray(grey)
+    for images in (array, torch.tensor(array), [array], [grey, array], (array, torch.tensor(array))):
+        for found in processor(images)["pixel_values"]:
+            assert np.array_equal(found, same)
+    assert np.array_equal(processor(PIL.Image.fromarray(array.astype(np.int32)))["pixel_values"][0], same)  # mode I
+
+
 def test_floats_are_resized_without_rounding() -> None:
     array = np.array(picture()).astype(np.float32)
     pixels = NatImageProcessor()(array / 255, do_rescale=False, return_tensors="np")["pixel_values"]

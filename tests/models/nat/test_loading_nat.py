@@ -191,6 +191,19 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("model_class", [NatForImageClassification, NatBackbone])
+def test_the_dtype_of_an_original_state_dict(tmp_path: Path, model_class: Any, argument: str) -> None:
+    truth = original()
+    torch.save(truth.half().state_dict(), tmp_path / "nat_odd.pth")
+    for asked in ("auto", torch.float16, torch.float64):
+        model = model_class.from_pretrained(tmp_path / "nat_odd.pth", **{argument: asked})
+        wanted = torch.float16 if asked == "auto" else asked
+        assert {p.dtype for p in model.parameters()} == {wanted}
+        model.save_pretrained(tmp_path / "saved")
+        assert NatConfig.from_pretrained(tmp_path / "saved").dtype == wanted
+
+
 @pytest.mark.parametrize("where", ["file", "folder", "subfolder", "folder of a run"])
 @pytest.mark.parametrize(
     "settings", [{}, {"layer_scale": True, "mlp_ratio": 2.0, "qkv_bias": False}], ids=["", "scale"]

@@ -33,6 +33,27 @@ def build(model_class: Any = NatForImageClassification, **settings: Any) -> Any:
     return model.eval()
 
 
+# torch.func
+
+
+@pytest.mark.parametrize("attentions", [False, True])
+def test_gradients_of_each_image_by_vmap(attentions: bool) -> None:
+    model = build().double()
+    parameters = dict(model.named_parameters())
+    pixels, labels = torch.randn(3, 3, 20, 24, dtype=torch.float64), torch.tensor([0, 3, 1])
+
+    def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        options = {"output_attentions": attentions}
+        logits = torch.func.functional_call(model, parameters, (image[None],), options).logits
+        return nn.functional.cross_entropy(logits, label[None])
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, pixels, labels)
+    for i in range(3):
+        wanted = torch.autograd.grad(loss(parameters, pixels[i], labels[i]), list(parameters.values()))
+        for name, one in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(found[name][i], one)
+
+
 # Sizes
 
 

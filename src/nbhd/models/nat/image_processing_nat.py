@@ -124,8 +124,9 @@ class NatImageProcessor(BaseImageProcessor):
 
         Args:
             images: an image or a list of them: Pillow images, numpy arrays or torch tensors with one, three or four
-                channels first or last (or two axes for grey). A single array with four axes is a batch. Floats are
-                resized as they are; pass ``do_rescale=False`` if they are in [0, 1] already.
+                channels first or last (or two axes for grey). A single array with four axes is a batch. Integers
+                are in 0 to 255, of any dtype. Floats are resized as they are; pass ``do_rescale=False`` if they are
+                in [0, 1] already.
             return_tensors: ``"pt"`` or ``"np"`` for one tensor of the batch; default a list of arrays.
             data_format: ``"channels_first"`` or ``"channels_last"``, of the result.
             input_data_format: the same of arrays and tensors; default: told from the shape.
@@ -167,7 +168,7 @@ class NatImageProcessor(BaseImageProcessor):
             offset = (-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)
 
         pixel_values = []
-        flat: list[Any] = make_flat_list_of_images(self.fetch_images(images))  # type: ignore[assignment]
+        flat: list[Any] = make_flat_list_of_images(_with_channels(self.fetch_images(images)))  # type: ignore[assignment]
         for image in flat:
             planes = _planes(image, do_convert_rgb, input_data_format)
             if do_resize:
@@ -233,15 +234,17 @@ def _planes(image: Any, do_convert_rgb: bool, input_data_format: str | None) -> 
     """An image as one Pillow image with 8-bit channels, or as one 32-bit float Pillow image per channel."""
     if isinstance(image, PIL.Image.Image):
         if image.mode.startswith("I;16") or image.mode == "I":
-            # convert() would clip instead of scaling: keep the upper 8 of 16 bits.
-            image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            # convert() would clip instead of scaling: keep the upper 8 of 16 bits. "I" may hold 8 bits as well.
+            values = np.asarray(image).astype(np.int64)
+            is_short = image.mode == "I" and values.max(initial=0) <= 255
+            image = PIL.Image.fromarray((values if is_short else values >> 8).clip(0, 255).astype(np.uint8))
         if do_convert_rgb:
             return [image if image.mode == "RGB" else image.convert("RGB")]
         return [image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")]
     array = image.detach().cpu() if isinstance(image, torch.Tensor) else image
     if isinstance(array, torch.Tensor):
         array = (array.float() if array.is_floating_point() else array).numpy()
-    array = np.asarray(array)
+    array = _eight_bits(np.asarray(array))
     array = array[..., None] if array.ndim == 2 else _channels_last(array, input_data_format)
     if array.shape[-1] == 1 and do_convert_rgb:
         array = np.broadcast_to(array, (*array.shape[:2], 3))
@@ -250,6 +253,26 @@ def _planes(image: Any, do_convert_rgb: bool, input_data_format: str | None) -> 
     if array.dtype == np.uint8:
         return [PIL.Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))]
     return [PIL.Image.fromarray(np.ascontiguousarray(array[..., c], dtype=np.float32)) for c in range(array.shape[-1])]
+
+
+def _eight_bits(array: np.ndarray) -> np.ndarray:
+    """Integers of any width as uint8, which they must be by value; floats and booleans as they are."""
+    if array.dtype == np.uint8 or not np.issubdtype(array.dtype, np.integer) or not array.size:
+        return array
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 255:
+        raise ArgumentError(
+            f"images of integers must be in 0 to 255, got {array.dtype} from {low} to {high}. Of 16 bits take the "
+            "upper eight, (image >> 8).astype('uint8'), or pass floats and the rescale_factor that they need."
+        )
+    return array.astype(np.uint8)
+
+
+def _with_channels(images: Any) -> Any:
+    """Arrays of two axes with a third one, which transformers wants to see."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2:
+        return images[..., None]
+    return [_with_channels(image) for image in images] if isinstance(images, (list, tuple)) else images
 
 
 def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:

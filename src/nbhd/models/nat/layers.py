@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.linear import Linear, joins
+from nbhd.linear import Linear, is_transformed, joins
 from nbhd.models.nat.configuration_nat import NatConfig
 
 
@@ -61,7 +61,9 @@ class NatPatchEmbeddings(nn.Module):
             )
         # Reordering the few channels of the pixels once makes every later permute free.
         dtype: Any = self.projection[0].weight.dtype
-        pixel_values = pixel_values.to(dtype, memory_format=torch.channels_last)
+        pixel_values = pixel_values.to(dtype)
+        if torch.compiler.is_compiling() or not is_transformed():  # vmap adds an axis, and knows no such order then
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.projection(pixel_values).permute(0, 2, 3, 1)
 
 

@@ -138,6 +138,8 @@ class NatPreTrainedModel(PreTrainedModel):
 
         config = kwargs.pop("config", None)
         kwargs.pop("subfolder", None)
+        # "auto" is the weights' dtype, as without it; a configuration would take it for the name of one
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype") or v != "auto"}
         if config is None and folder is None:
             config, _ = infer_config(original, dilations=kwargs.get("dilations"))
             config, kwargs = NatConfig.from_dict(config.to_dict(), return_unused_kwargs=True, **kwargs)
