@@ -283,6 +283,31 @@ def test_tensors_whose_memory_is_not_what_they_are(view):
     )
 
 
+def test_a_default_device_does_not_take_the_short_way_from_a_call():
+    case, query, key, value, bias = arguments("2d-not-square", torch.float32)
+    given = (query, key, value, bias)
+
+    def call() -> list[Tensor]:
+        out = nbhd.na2d(query, key, value, *case.geometry, rel_pos_bias=bias)
+        return [out, *torch.autograd.grad(out.sin().sum(), given)]
+
+    class Forward(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    wanted, odd = call(), nowhere_aligned(query)
+    nbhd.functional._calls.clear()
+    with torch.device("meta"):  # what torch.set_default_device leaves on the stack
+        assert not nbhd.ops.is_watched(*given)
+        found = call()
+        assert len(nbhd.functional._calls) == 1
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
+        with Forward():
+            assert nbhd.ops.is_watched(*given)
+        assert torch.equal(nbhd.na2d(odd, key, value, *case.geometry, rel_pos_bias=bias), wanted[0])
+
+
 def test_zeros_that_have_no_memory():
     case, query, key, value, _ = arguments("2d-not-square", torch.float32)
     zeros = torch._efficientzerotensor(value.shape)

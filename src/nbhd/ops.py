@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from nbhd import backends
 from nbhd.backends import reference
@@ -230,12 +231,18 @@ def is_watched(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor |
         or (rel_pos_bias is not None and type(rel_pos_bias) not in _PLAIN)
         or query.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _has_function_mode()
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace would record the empty output, and no kernel
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode watches functions, other than the one that ``torch.set_default_device`` leaves for good."""
+    modes = torch._C._len_torch_function_stack()
+    return modes > 1 or (modes == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)
 
 
 def _is_special(gradient: Grad) -> bool:

@@ -389,7 +389,7 @@ def _aligned(tensor: Tensor) -> Tensor:
     pointer = tensor.data_ptr()
     if (pointer and not pointer % tensor.element_size()) or not tensor.numel():
         return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_integers_of_any_width_are_the_same_image(dtype: str) -> None:
         assert np.array_equal(processor(torch.tensor(array.astype(dtype)))["pixel_values"][0], same)
     wide = array.astype(dtype)
     wide[5, 5] = 256
-    with pytest.raises(ArgumentError, match="must be in 0 to 255, got .* to 256"):
+    with pytest.raises(ArgumentError, match=r"must be in 0 to 255, got .* to 256"):
         processor(wide)
 
 
