@@ -204,6 +204,43 @@ def test_configuration_survives_the_disk(tmp_path: Path, settings: dict[str, Any
     assert NatConfig.from_pretrained(tmp_path, out_features=["stem"]).out_features == ["stem"]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"depths": [1, 1, 1], "num_heads": [1, 2, 2], "embed_dim": 16},
+        {"depths": [1], "num_heads": [1]},
+        {"dilations": ((1,), (2,))},
+        {"dilations": np.array([[1], [2]])},
+        {"out_features": ("stage1",)},
+        {"out_indices": [0, 2]},
+        {"depths": (1, 1, 1), "num_heads": (1, 2, 2), "out_features": ["stage3"]},
+        {"kernel_size": 5, "num_labels": 7},
+    ],
+    ids=str,
+)
+def test_arguments_win_over_what_is_stored_as_if_given_to_the_class(tmp_path: Path, overrides: dict) -> None:
+    stored = SMALL | {"out_features": ["stage2"]}
+    NatConfig(**stored).save_pretrained(tmp_path)
+    found = NatConfig.from_pretrained(tmp_path, **overrides)
+    base = {name: value for name, value in stored.items() if name != "out_features"}
+    keeps = {"out_features": ["stage2"]} if not {"depths", "out_features", "out_indices"} & overrides.keys() else {}
+    wanted = NatConfig(**{**base, **keeps, **overrides})
+    for name in ("depths", "num_layers", "hidden_size", "stage_names", "out_features", "out_indices", "dilations",
+                 "kernel_size", "num_labels", "embed_dim"):  # fmt: skip
+        assert getattr(found, name) == getattr(wanted, name), name
+    found.save_pretrained(tmp_path / "again")
+    assert NatConfig.from_pretrained(tmp_path / "again").dilations == wanted.dilations
+    rest, unused = NatConfig.from_pretrained(tmp_path, return_unused_kwargs=True, other=1, **overrides)
+    assert unused == {"other": 1} and rest.depths == wanted.depths
+
+
+@pytest.mark.parametrize("overrides", [{"depths": 3}, {"dilations": [1, 1]}, {"out_features": []}, {"depths": [1.5]}])
+def test_wrong_arguments_over_what_is_stored_are_named(tmp_path: Path, overrides: dict) -> None:
+    NatConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match=next(iter(overrides))):
+        NatConfig.from_pretrained(tmp_path, **overrides)
+
+
 def test_equality_compares_every_setting() -> None:
     assert NatConfig() == NatConfig()
     assert NatConfig() != NatConfig(depths=[3, 4, 18, 5])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import operator
 import os
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -151,8 +153,18 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration with these settings; those of a `DinatConfig` become a NAT's with dilations."""
-        return super().from_dict(_without_dinat(config_dict), **kwargs)
+        """The configuration with these settings; those of a `DinatConfig` become a NAT's with dilations.
+
+        Arguments of the class among ``kwargs`` win over them, and are checked and made lists as the class does it.
+        """
+        settings = _without_dinat(config_dict)
+        known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+        given = {name: kwargs.pop(name) for name in tuple(kwargs) if name in known}
+        depths = _as_list("depths", given.get("depths", settings.get("depths", ())))
+        has_other_stages = len(depths) != len(settings.get("depths", depths))
+        if has_other_stages or given.keys() & {"out_features", "out_indices"}:
+            settings = {name: value for name, value in settings.items() if name not in ("out_features", "out_indices")}
+        return super().from_dict(settings | given, **kwargs)
 
     def layer_dilations(self, stage: int) -> list[int]:
         """Dilation of each layer of ``stage`` (from 0)."""
@@ -243,6 +255,10 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         """Align both namings of the stages a backbone returns; the mixin's setters keep them aligned afterwards."""
         names: Any = list(out_features) if isinstance(out_features, tuple) else out_features
         indices: Any = list(out_indices) if isinstance(out_indices, tuple) else out_indices
+        if names == [] or indices == []:
+            raise ArgumentError(
+                f"out_features and out_indices must name at least one stage, got []. The stages are {self.stage_names}."
+            )
         try:
             if names is not None:
                 self.out_features = names
@@ -273,7 +289,8 @@ def _as_list(name: str, value: Any) -> list:
         raise ArgumentError(
             f"{name} must be a list with one entry for each stage, got {value!r}. Write e.g. [{value!r}]."
         )
-    return list(value)
+    # what goes into a JSON must be Python's own numbers
+    return [entry.tolist() if isinstance(entry, (np.generic, np.ndarray)) else entry for entry in value]
 
 
 def _without_dinat(config_dict: dict[str, Any]) -> dict[str, Any]:
