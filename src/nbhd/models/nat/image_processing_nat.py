@@ -168,7 +168,7 @@ class NatImageProcessor(BaseImageProcessor):
             offset = (-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)
 
         pixel_values = []
-        flat: list[Any] = make_flat_list_of_images(_with_channels(self.fetch_images(images)))  # type: ignore[assignment]
+        flat: list[Any] = make_flat_list_of_images(self.fetch_images(_with_channels(images)))  # type: ignore[assignment]
         for image in flat:
             planes = _planes(image, do_convert_rgb, input_data_format)
             if do_resize:
@@ -269,7 +269,7 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
 
 
 def _with_channels(images: Any) -> Any:
-    """Arrays of two axes with a third one, which transformers wants to see."""
+    """Arrays of two axes with a third one, and tuples as lists, as every transformers 5 wants them."""
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2:
         return images[..., None]
     return [_with_channels(image) for image in images] if isinstance(images, (list, tuple)) else images
