@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # it is read when Triton is imported
         device = torch.device("cpu")
-    elif backend._is_interpreted():
+    elif backend.asks_for_interpreter():
         return _refuse("TRITON_INTERPRET is set: the kernels would not run on the GPU. Unset it, or add --interpret.")
     elif not torch.cuda.is_available():
         return _refuse(

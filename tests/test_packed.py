@@ -132,11 +132,9 @@ def test_a_changed_weight_is_packed_again(change: str, packs: list[torch.Size]) 
 def test_a_new_weight_may_lie_where_the_last_one_lay(packs: list[torch.Size]) -> None:
     torch.manual_seed(0)
     layer, batch = PackedLinear(Linear(128, 128, bias=False).requires_grad_(False)), torch.randn(5, 128)
-    addresses = set()
     for _ in range(20):
         layer.weight = None  # type: ignore[assignment]
         layer.weight = nn.Parameter(torch.randn(128, 128), requires_grad=False)
-        addresses.add(layer.weight.data_ptr())
         torch.testing.assert_close(layer(batch), batch @ layer.weight.T, rtol=1e-4, atol=1e-4)
         other = torch.randn(128, 128)
         replaced = torch.func.functional_call(layer, {"weight": other}, (batch,))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nbhd._modes import is_transformed, makes_a_graph
 from nbhd._processor import family, maker
 
 #: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid: where
@@ -64,7 +65,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ``[..., out_features]``, contiguous.
     """
     # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
-    if not _makes_a_graph():
+    if not makes_a_graph():
         if bias is not None and _takes_one_piece(input, weight, bias, TIMES_THE_WORK_FOR_A_BIAS):
             return in_one_piece(input, weight, bias, "none")
         # With gradients there are three products to prepare instead of one.
@@ -83,7 +84,7 @@ def joins(layer: nn.Module, activation: nn.Module) -> bool:
     and no ``with_gelu``.
     """
     # the first of all for the same reason as in `linear`
-    if _makes_a_graph() or not one_piece_is_faster() or not isinstance(layer, Linear):
+    if makes_a_graph() or not one_piece_is_faster() or not isinstance(layer, Linear):
         return False
     if "with_gelu" not in type(layer).__dict__:
         return False
@@ -106,7 +107,7 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Args and returned tensor: those of `linear`.
     """
-    if not _makes_a_graph() and _takes_one_piece(input, weight, bias):
+    if not makes_a_graph() and _takes_one_piece(input, weight, bias):
         return in_one_piece(input, weight, bias, "gelu")
     return functional.gelu(linear(input, weight, bias))
 
@@ -117,7 +118,7 @@ def runs_in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
     It may with float32 tensors in the CPU's memory, no gradient to come, in eager mode.
     """
     return (
-        not _makes_a_graph()
+        not makes_a_graph()
         and one_piece_is_faster()
         and bool(torch.backends.mkldnn.enabled)
         and _suits(input, weight)
@@ -259,10 +260,6 @@ def _pays(input: Tensor, weight: Tensor, times_the_work: int, fewest_rows: int =
     return enough_rows and input.numel() * weight.shape[0] >= times_the_work * smallest_work()
 
 
-def _makes_a_graph() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 # TODO: drop when torch 2.6 is no longer supported, which cannot tell that a graph is exported
 _KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 
@@ -272,12 +269,6 @@ def _graph_takes_operator(input: Tensor, weight: Tensor) -> bool:
     if torch.jit.is_tracing() or not _KNOWS_EXPORTS or torch.compiler.is_exporting():
         return False
     return _suits(input, weight) and _mkl_is_slow_when_compiled()
-
-
-def is_transformed() -> bool:
-    """Whether ``torch.func`` or dual numbers are at work, which ask for rules that some operators do not have."""
-    in_function = torch._C._functorch.peek_interpreter_stack() is not None
-    return in_function or torch.autograd.forward_ad._current_level >= 0
 
 
 def _mkl_is_slow_when_compiled() -> bool:

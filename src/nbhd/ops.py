@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from nbhd import backends
+from nbhd._modes import is_transformed, makes_a_graph
 from nbhd.backends import reference
 from nbhd.errors import BackendError
 from nbhd.geometry import Neighborhood
@@ -224,7 +225,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 def is_watched(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
     """Whether a tensor subclass, a fake device, a mode, a transform, a tracer or a profiler wants to see the op."""
     return (
-        torch.compiler.is_compiling()
+        makes_a_graph()  # torch.jit.trace would record the empty output, and no kernel
         or type(query) not in _PLAIN
         or type(key) not in _PLAIN
         or type(value) not in _PLAIN
@@ -233,9 +234,7 @@ def is_watched(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor |
         or torch._C._len_torch_dispatch_stack() > 0
         or _has_function_mode()
         or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace would record the empty output, and no kernel
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or is_transformed()
     )
 
 

@@ -223,8 +223,13 @@ def _join(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> 
             state[f"{prefix}qkv.{name}"] = torch.cat([state.pop(key) for key in keys])
 
 
+def _first_weight(nats: list[nn.Module]) -> Tensor:
+    """What tells the dtype and the device: integers, of quantised layers, do not."""
+    return next(parameter for parameter in nats[0].parameters() if parameter.is_floating_point())
+
+
 def _convert(model: nn.Module, nats: list[nn.Module], dtype: Any, report: InferenceReport) -> None:
-    now = next(parameter for parameter in nats[0].parameters() if parameter.is_floating_point())
+    now = _first_weight(nats)
     if dtype is None:
         report.add("dtype", False, f"left at {_name(now.dtype)} as asked")
         return
@@ -276,7 +281,7 @@ def bfloat16_gain() -> float:
 
 
 def _pack(nats: list[nn.Module], compile: bool, report: InferenceReport) -> None:
-    weight = next(nats[0].parameters())
+    weight = _first_weight(nats)
     reason = None
     if compile:
         reason = "compiled graphs have the plain layers"

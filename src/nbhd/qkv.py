@@ -2,7 +2,7 @@
 
 A layer projects its input once, to ``3 * heads * dim`` channels, and the operator reads the three parts where they lie.
 Taken apart by PyTorch's own views, their gradients come as three tensors, which autograd then copies into one: another
-pass over all of it, as long as a fifth of the operator's backward. `split_qkv` and `room_for_gradients` spare it: the
+pass over all of it. `split_qkv` and `room_for_gradients` spare it: the
 backward writes all three into one tensor, and `split_qkv` hands that on as it is.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbhd._modes import is_transformed, makes_a_graph
 from nbhd.errors import ArgumentError
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -56,14 +57,7 @@ def _views(qkv: Tensor, num_heads: int) -> Three:
 
 def _knows_plain_operators_only(qkv: Tensor) -> bool:
     """Whether a compiler, a tracer, a transform or a class of tensors is to see what is done."""
-    return (
-        torch.compiler.is_compiling()
-        or type(qkv) is not Tensor
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return makes_a_graph() or type(qkv) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
 
 
 class _Split(torch.autograd.Function):

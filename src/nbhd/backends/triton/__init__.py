@@ -58,14 +58,15 @@ def version() -> tuple[int, ...] | None:
     return None
 
 
-def _is_interpreted() -> bool:
+def asks_for_interpreter() -> bool:
+    """Whether the environment has Triton run its kernels in its interpreter. Does not import Triton."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 def why_not(call: Call) -> str | None:
     """Why the kernels cannot run this call, or None."""
     query, value = call.query, call.value
-    if query.device.type not in _DEVICES and not _is_interpreted():
+    if query.device.type not in _DEVICES and not asks_for_interpreter():
         return "the triton backend runs on CUDA, ROCm and XPU tensors."
     if query.dtype not in _DTYPES:
         return f"the triton backend takes float32, bfloat16 and float16, not {query.dtype}."

@@ -13,9 +13,10 @@ from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from nbhd._modes import is_transformed
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.linear import Linear, is_transformed, joins
+from nbhd.linear import Linear, joins
 from nbhd.models.nat.configuration_nat import NatConfig
 
 
