@@ -50,7 +50,7 @@ def test_converted_model_gives_the_original_logits(tmp_path: Path, settings: dic
         save_file(weights, file)
     elif wrap == "distributed":
         torch.save(
-            {"state_dict": {f"module.{k}": v for k, v in weights.items()}, "args": argparse.Namespace(lr=1)}, file
+            {"state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}, "args": argparse.Namespace(lr=1)}, file
         )
     else:
         torch.save(weights if wrap == "raw" else {wrap: weights, "epoch": 3}, file)

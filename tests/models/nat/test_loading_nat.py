@@ -272,8 +272,28 @@ def test_weights_of_transformers_may_be_named_as_a_file(tmp_path: Path) -> None:
     model = NatForImageClassification.from_pretrained(folder / "model.safetensors")
     close(model(pixels).logits, recorded("square")["classifier.logits"])
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"names of transformers already: .* config\.json"):
+    with pytest.raises(CheckpointError, match=r"names of transformers already, .* config\.json, or give config="):
         NatForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["square", "dilated"])
+@pytest.mark.parametrize("file", ["model.safetensors", "weights.pth"])
+def test_weights_of_transformers_without_a_config_take_the_one_given(tmp_path: Path, name: str, file: str) -> None:
+    folder = write_folder(tmp_path / "folder", case_named(name), "model.safetensors")
+    config = NatConfig.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    if file.endswith(".pth"):
+        model = NatForImageClassification.from_pretrained(folder, config=config)
+        # as torch.compile and DistributedDataParallel name them
+        names = {f"module._orig_mod.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"model": names}, folder / file)
+        (folder / "model.safetensors").unlink()
+    pixels, _ = nat_reference.make_inputs(case_named(name))
+    for where in (folder, folder / file):
+        model = NatForImageClassification.from_pretrained(where, config=config)
+        close(model(pixels).logits, recorded(name)["classifier.logits"])
+        body = NatModel.from_pretrained(where, config=config)
+        assert all(torch.equal(value, model.state_dict()[f"nat.{key}"]) for key, value in body.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

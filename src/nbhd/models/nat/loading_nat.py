@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nbhd.errors import CheckpointError, FileError
-from nbhd.models.nat.original_nat import Original, is_original, rename, take_apart
+from nbhd.models.nat.original_nat import WRAPPERS, Original, is_original, rename, take_apart
 
 #: What state dicts are called, in files and in folders.
 SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".safetensors")
@@ -174,8 +174,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a state dict: {strange[0]!r} is {_kind(weights[strange[0]])}, not a tensor."
         )
-    # DistributedDataParallel puts a prefix before every name.
-    return {name.removeprefix("module."): value.detach() for name, value in weights.items()}
+    return {re.sub(rf"^{WRAPPERS}", "", name): value.detach() for name, value in weights.items()}
 
 
 def _load(path: Path, mapped: bool = False) -> Any:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, initialization as init
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
-from nbhd.errors import ArgumentError
+from nbhd.errors import ArgumentError, CheckpointError
 from nbhd.models._transformers import BackboneMixin
 from nbhd.models.nat.configuration_nat import NatConfig
 from nbhd.models.nat.layers import NatEmbeddings, NatEncoder, NatLayer, NeighborhoodAttention
@@ -113,7 +113,8 @@ class NatPreTrainedModel(PreTrainedModel):
         - state dicts of the original repository (``.pth``, with layer scale or not), or a folder that holds one:
           of classifiers, and for `NatBackbone` of detectors and segmenters too. The configuration is told by the
           weights. They are read with ``weights_only=True``. A DiNAT's dilations are not in its weights: give
-          ``dilations=`` where nothing else in the file or its name tells them.
+          ``dilations=`` where nothing else in the file or its name tells them;
+        - a file of weights under transformers' names without its config.json, if ``config=`` is given.
 
         Args:
             pretrained_model_name_or_path: what to load.
@@ -140,13 +141,22 @@ class NatPreTrainedModel(PreTrainedModel):
         kwargs.pop("subfolder", None)
         # "auto" is the weights' dtype, as without it; a configuration would take it for the name of one
         kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype") or v != "auto"}
+        if config is None and original.is_of_transformers:
+            raise CheckpointError(
+                f"{original.name} is in the names of transformers already, which do not tell the configuration: name a "
+                "folder that holds it and its config.json, or give config=."
+            )
         if config is None and folder is None:
             config, _ = infer_config(original, dilations=kwargs.get("dilations"))
             config, kwargs = NatConfig.from_dict(config.to_dict(), return_unused_kwargs=True, **kwargs)
         elif not isinstance(config, NatConfig):
             source: Any = config or folder
             config, kwargs = NatConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-        weights = weights_for(original, cls, config, cls._nat_prefix)
+        if original.is_of_transformers:  # weights alone; what is of another kind of model is transformers' to sort out
+            weights = original.backbone | original.heads
+            kwargs["key_mapping"] = cls._renames | (kwargs.get("key_mapping") or {})
+        else:
+            weights = weights_for(original, cls, config, cls._nat_prefix)
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=weights, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(name)

@@ -57,6 +57,10 @@ _GAMMA = re.compile(rf"^{_BLOCK}gamma([12])$")
 _STAGE_NORM = re.compile(r"^norm(\d+)\.(weight|bias)$")
 
 
+#: What DistributedDataParallel and torch.compile put before every name.
+WRAPPERS = r"(?:module\.|_orig_mod\.)*"
+
+
 @dataclass(frozen=True)
 class Original:
     """A checkpoint taken apart.
@@ -85,7 +89,7 @@ class Original:
 
 def is_original(names: Sequence[str]) -> bool:
     """Whether these are names of the original repository (or its prefixed ones, or the Swin-like DiNAT_s's)."""
-    return any(re.match(r"(module\.)?(backbone\.)?patch_embed\.proj\.", name) for name in names)
+    return any(re.match(rf"{WRAPPERS}(backbone\.)?patch_embed\.proj\.", name) for name in names)
 
 
 def take_apart(state_dict: Mapping[str, Tensor], path: Path, content: object = None) -> Original:
