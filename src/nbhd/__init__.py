@@ -47,3 +47,4 @@ def __dir__() -> list[str]:
 _command = sys.argv[0] if getattr(sys, "argv", None) else ""
 if _command != "-m" and os.path.basename(_command).removesuffix(".exe") != "nbhd":
     importlib.import_module("nbhd.nn")
+    importlib.import_module("nbhd.flops").give_to_counters()

@@ -15,6 +15,7 @@ from torch import Tensor
 from nbhd import ops
 from nbhd.backends import reference
 from nbhd.errors import ArgumentError
+from nbhd.flops import tell_counters
 from nbhd.geometry import Neighborhood
 
 Ints = int | Sequence[int]
@@ -196,6 +197,7 @@ def attention_scores(
     )
     if _needs_plain_torch(query, key, rel_pos_bias):
         return reference.scores(query, key, rel_pos_bias, neighborhood, scale)
+    tell_counters()
     result: Tensor = torch.ops.nbhd.scores(query, key, rel_pos_bias, *ops.flat(neighborhood), scale, backend)
     return result
 
@@ -265,6 +267,7 @@ def apply_attention_weights(
     _same_kind("weights", weights, "value", value)
     if _needs_plain_torch(weights, value):
         return reference.weighted_sum(weights, value, neighborhood)
+    tell_counters()
     result: Tensor = torch.ops.nbhd.weighted_sum(weights, value, *ops.flat(neighborhood), backend)
     return result
 

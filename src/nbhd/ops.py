@@ -23,6 +23,7 @@ from nbhd import backends
 from nbhd._modes import is_transformed, makes_a_graph
 from nbhd.backends import reference
 from nbhd.errors import BackendError
+from nbhd.flops import tell_counters
 from nbhd.geometry import Neighborhood
 from nbhd.qkv import lie_as_parts, room_for_gradients
 
@@ -114,6 +115,7 @@ def attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp by the op."""
+    tell_counters()
     out, lse = torch.ops.nbhd.na_forward(query, key, value, rel_pos_bias, *flat(neighborhood), scale, backend)
     return out, lse
 

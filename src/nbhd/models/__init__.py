@@ -13,6 +13,7 @@ import inspect
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
+from nbhd.flops import give_to_counters
 from nbhd.models._transformers import AutoImageProcessor
 from nbhd.models.nat import (
     NatBackbone,
@@ -35,6 +36,8 @@ if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).p
     )
 else:  # TODO: drop when the oldest supported transformers knows image_processor_classes
     AutoImageProcessor.register(NatConfig, slow_image_processor_class=NatImageProcessor, exist_ok=True)
+
+give_to_counters()  # transformers imports PyTorch's counter of operations
 
 __all__ = [
     "NatBackbone",
