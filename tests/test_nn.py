@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -91,11 +92,24 @@ def test_bias_table_is_drawn_as_published():
         (dict(embed_dim=8, num_heads=2, kernel_size=3, attn_drop=1.5), "attn_drop must be a probability"),
         (dict(embed_dim=8, num_heads=2, kernel_size=3, is_causal=2), "is_causal must be a bool"),
         (dict(embed_dim=8, num_heads=2, kernel_size="3"), "kernel_size must be"),
+        (dict(embed_dim=8, num_heads=2, kernel_size=True), "kernel_size must be an int or one per axis, got True"),
+        (dict(embed_dim=8, num_heads=2, kernel_size=3.0), "kernel_size must be an int or one per axis, got 3.0"),
     ],
 )
 def test_wrong_parameters_are_refused_when_built(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         NeighborhoodAttention2D(**arguments)
+
+
+@pytest.mark.parametrize("given", [np.int64(3), (np.int32(3), 3), [3, np.uint8(3)]])
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "dilation"])
+def test_numpy_ints_are_ints(name, given):
+    torch.manual_seed(0)
+    module = NeighborhoodAttention2D(8, 2, **{"kernel_size": 3, name: given}, is_causal=np.True_)
+    assert getattr(module, name) == (3, 3)
+    assert all(type(entry) is int for entry in getattr(module, name))
+    x = torch.randn(1, 9, 10, 8)
+    torch.testing.assert_close(module(x), by_hand(module, x))
 
 
 def test_a_wrong_input_is_named():

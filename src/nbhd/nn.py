@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from nbhd.qkv import split_qkv
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
-T = TypeVar("T")
+_Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]
 
 _OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -97,32 +98,34 @@ class _NeighborhoodAttention(nn.Module):
                 f"input must be [batch, {', '.join(AXES[: self.axes])}, {self.embed_dim}], got {tuple(input.shape)}."
             )
         spatial = input.shape[1:-1]
-        missing = [
-            max(0, k * d - length) for k, d, length in zip(self.kernel_size, self.dilation, spatial, strict=True)
-        ]
+        geometry = self._geometry(spatial)
+        missing = [max(0, k * d - length) for k, d, length in zip(geometry[0], geometry[2], spatial, strict=True)]
         # functional.pad counts axes from the last, which are the channels.
         padding = (0, 0, *(n for extra in reversed(missing) for n in (0, extra)))
         padded = functional.pad(input, padding) if any(missing) else input
         query, key, value = split_qkv(self.qkv(padded), self.num_heads)
-        out = self._attend(query, key, value).flatten(-2)
+        out = self._attend(query, key, value, geometry).flatten(-2)
         if any(missing):
             for axis, length in enumerate(spatial, 1):
                 out = out.narrow(axis, 0, length)
         output: Tensor = self.proj_drop(self.proj(out))
         return output
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        geometry = (self.kernel_size, self.stride, self.dilation, self.is_causal)
+    def _geometry(self, spatial: Sequence[int]) -> _Geometry:
+        """Window, stride, dilation and causality, one of each an axis, for a map of ``spatial`` positions."""
+        return self.kernel_size, self.stride, self.dilation, self.is_causal
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, geometry: _Geometry) -> Tensor:
         if self.training and self.attn_drop.p > 0:
             weights = attention_weights(query, key, *geometry, self.qk_scale, rel_pos_bias=self.rpb)
             return apply_attention_weights(self.attn_drop(weights), value, *geometry)
         return _OPERATORS[self.axes](query, key, value, *geometry, self.qk_scale, rel_pos_bias=self.rpb)
 
-    def _each(self, name: str, given: T | Sequence[T]) -> tuple[T, ...]:
+    def _each(self, name: str, given: Any) -> tuple[Any, ...]:
         values = tuple(given) if isinstance(given, Sequence) else (given,) * self.axes
         if len(values) != self.axes:
             raise ArgumentError(f"{name} must be one value or {self.axes} of them, one per axis, got {given!r}.")
-        return values
+        return tuple(map(_as_int, values))
 
     def _try_parameters(self) -> None:
         """Let the operator's own checks speak when the module is built, not at its first call."""
@@ -141,6 +144,16 @@ class _NeighborhoodAttention(nn.Module):
             f"stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}, "
             f"rel_pos_bias={self.rpb is not None}"
         )
+
+
+def _as_int(entry: Any) -> Any:
+    """An int for what counts as one, such as numpy's; all else as it is, for the operator to judge."""
+    if isinstance(entry, (bool, Tensor)):
+        return entry
+    try:
+        return operator.index(entry)
+    except TypeError:
+        return entry
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):

@@ -101,6 +101,77 @@ def test_packed_sequences(causal):
     assert generate_varlen_parameters(q, k, v) == (None, None, 0, 0)
 
 
+def test_without_lengths_nothing_is_packed():
+    """What ``generate_varlen_parameters`` gives for no lengths, handed on."""
+    q, k, v = tensors(batch=1)
+    sum_q, sum_kv, max_q, max_kv = generate_varlen_parameters(q, k, v, None, None)
+    out = v0_21.attention(
+        q, k, v,
+        cumulative_seqlen_Q=sum_q, cumulative_seqlen_KV=sum_kv, max_seqlen_Q=max_q, max_seqlen_KV=max_kv,
+    )  # fmt: skip
+    assert torch.equal(out, v0_21.attention(q, k, v))
+    with pytest.raises(ArgumentError, match="requires all of cumulative_seqlen"):
+        v0_21.attention(q, k, v, max_seqlen_Q=3, max_seqlen_KV=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("form", ["lengths", "sums"])
+def test_packed_sequences_compile_in_one_graph(backend, form):
+    q, k, v = (t.requires_grad_() for t in tensors(11, 10, 4, 2, 1))
+    lengths = torch.tensor([4, 1, 0, 6]), torch.tensor([5, 0, 3, 2])
+
+    def call(q, k, v, some, others):
+        if form == "lengths":
+            given = dict(seqlens_Q=some, seqlens_KV=others)
+        else:
+            names = "cumulative_seqlen_Q", "cumulative_seqlen_KV", "max_seqlen_Q", "max_seqlen_KV"
+            given = dict(zip(names, (some, others, 6, 5), strict=True))
+        return v0_21.attention(q, k, v, True, return_lse=True, **given)
+
+    if form == "sums":
+        lengths = tuple(torch.nn.functional.pad(t.cumsum(0), (1, 0)).int() for t in lengths)
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    weight = torch.randn(1, 11, 4, 5, dtype=torch.float64)
+    found, expected = (f(q, k, v, *lengths) for f in (compiled, call))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    gradients = (
+        torch.autograd.grad((out * weight).sum() + lse[:, :4].sum() + lse[:, 5:].sum(), (q, k, v))
+        for out, lse in (found, expected)
+    )
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ArgumentError, match=r"tokens together|starts at 0"):
+        compiled(q, k, v, lengths[0], lengths[1] + 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_one_tensor_in_all_roles_compiles(backend):
+    q = torch.randn(1, 7, 2, 4, dtype=torch.float64, requires_grad=True)
+    call = lambda q: v0_21.attention(q, q, q, return_lse=True)  # noqa: E731
+    found, expected = (
+        torch.autograd.grad(sum(t.square().sum() for t in f(q)), q)
+        for f in (torch.compile(call, backend=backend, fullgraph=True), call)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_shapes_on_the_meta_device():
+    q, k, v = (t.to("meta") for t in tensors())
+    out, lse = v0_21.attention(q, k, v, return_lse=True)
+    assert (out.shape, lse.shape) == ((2, 7, 4, 5), (2, 7, 4))
+
+
+def test_dtypes_are_compared_after_autocast():
+    q, k, v = tensors(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = v0_21.attention(q, k.bfloat16(), v.half())
+    assert torch.equal(out, v0_21.attention(*(t.bfloat16() for t in (q, k, v.half()))))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ArgumentError, match=r"same data type, got .*int64"):
+        v0_21.attention(q, k.long(), v)
+
+
 def test_a_sequence_without_keys_gives_zeros_and_no_nan():
     q, k, v = (t.requires_grad_() for t in tensors(5, 3, 2, 1, 1))
     for lengths in ([2, 3], [3, 0]), ([3, 2], [0, 3]):
@@ -113,6 +184,19 @@ def test_a_sequence_without_keys_gives_zeros_and_no_nan():
         merged, _ = v0_21.merge_attentions([out, out], [lse, lse])
         gradients = torch.autograd.grad(merged.sum(), (q, k, v))
         assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("value", [1.0, math.inf])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_without_keys_zeros_are_zeros_whatever_the_queries(value, return_lse):
+    """In float16 a sum of large tensors is infinite, and 0 * inf is no number."""
+    q = torch.full((1, 4096, 8, 64), value, dtype=torch.float16, requires_grad=True)
+    k = torch.ones(1, 4, 8, 64, dtype=torch.float16)
+    result = v0_21.attention(q, k[:, :0], k[:, :0], return_lse=return_lse)
+    out, lse = result if return_lse else (result, torch.tensor(-math.inf))
+    assert not out.any() and torch.isneginf(lse).all()
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert not gradient.any()
 
 
 WRONG = {
@@ -156,6 +240,8 @@ WRONG_LENGTHS = {
         sums([0, 7], [0, 9], 6, 9),
         "max_seqlen_Q must be an int of at least 7",
     ),
+    "kind": (sums([0.0, 7.0], [0, 9], 7, 9), r"cumulative_seqlen_Q must be a 1-D int32 tensor, got torch.float32"),
+    "sum": (sums([0, 6], [0, 9], 7, 9), "The sequences of query have 6 tokens together, query has 7"),
 }  # fmt: skip
 
 

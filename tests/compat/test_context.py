@@ -9,6 +9,7 @@ import torch
 
 from nbhd.compat.natten import v0_15, v0_17, v0_20, v0_21, v0_21_1
 from nbhd.compat.natten.core import checks
+from nbhd.compat.natten.core.kinds import KernelSchedule
 from nbhd.errors import ArgumentError
 
 CHANGES = {
@@ -65,6 +66,51 @@ def test_what_was_set_is_told_back():
     assert v0_21.is_flex_compile_allowed() and v0_21.is_flex_compile_backprop_allowed()
     v0_21.disable_flex_compile()
     assert not v0_21.is_flex_compile_allowed()
+
+
+@pytest.mark.filterwarnings("ignore:NATTEN's")
+@pytest.mark.parametrize("switch", [dict(mode=False), dict(kv_parallel=False), dict(mode=False, kv_parallel=True)])
+def test_use_fused_na_of_0_17_also_switches_kv_parallelism_off(switch):
+    v0_17.use_fused_na()
+    assert v0_17.is_kv_parallelism_in_fused_na_enabled()
+    v0_17.use_fused_na(**switch)
+    assert not v0_17.is_kv_parallelism_in_fused_na_enabled()
+    assert v0_17.is_fused_na_enabled() == switch.get("mode", True)
+
+
+@pytest.mark.filterwarnings("ignore:NATTEN's")
+@pytest.mark.parametrize("force", [False, True])
+def test_flex_attention_of_0_17_is_fused(force):
+    (v0_17.force_flex_attention if force else v0_17.use_flex_attention)()
+    assert v0_17.is_fused_na_enabled() and v0_17.is_kv_parallelism_in_fused_na_enabled()
+    assert v0_17.context.should_use_flex_attention()
+    assert v0_17.context.should_force_flex_attention() == force
+    v0_17.use_fused_na(False)
+    assert not v0_17.context.should_use_flex_attention() and not v0_17.context.should_force_flex_attention()
+
+
+@pytest.mark.filterwarnings("ignore:NATTEN's")
+def test_fused_attention_of_0_17_is_not_deterministic():
+    v0_17.use_deterministic_algorithms()
+    for switch in (v0_17.use_fused_na, v0_17.use_flex_attention):
+        with pytest.raises(RuntimeError, match="deterministic"):
+            switch()
+        assert not v0_17.is_fused_na_enabled()
+    v0_17.use_fused_na(kv_parallel=False)
+    assert v0_17.is_fused_na_enabled()
+    for wrong in (dict(mode=1, kv_parallel=False), dict(mode=False, kv_parallel=1), dict(use_flex_attention=1)):
+        with pytest.raises(ValueError, match="Expected `bool`, got int"):
+            v0_17.use_fused_na(**wrong)
+
+
+@pytest.mark.filterwarnings("ignore:NATTEN's")
+@pytest.mark.parametrize("era", [v0_17, v0_20, v0_21])
+def test_the_memory_preference_is_a_member(era):
+    preference = era.context.MemoryUsagePreference
+    for name in ("Strict", "Unrestricted", "Default"):
+        era.set_memory_usage_preference(name.lower())
+        assert era.get_memory_usage_preference() is preference[name]
+        assert era.get_memory_usage_preference() == name.lower()
 
 
 @pytest.mark.filterwarnings("ignore:NATTEN's")
@@ -143,3 +189,64 @@ def test_argument_helpers():
     ):
         with pytest.raises(ArgumentError, match=text):
             call()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_causal_sequence_with_its_whole_window_is_self_attention_since_0_21_5(beside):
+    from nbhd.compat.natten.v0_21 import checks as newest
+
+    sequence, grid = torch.randn(1, 5, 2, 4), torch.randn(1, 5, 7, 2, 4)
+    assert newest.is_self_attention(sequence, (5,), (True,), beside) == (not beside)
+    assert newest.is_self_attention(sequence, (5,), (True,))
+    assert newest.is_self_attention(sequence, (5,), (False,), has_additional_attention=beside)
+    assert not newest.is_self_attention(sequence, (4,), (True,), beside)
+    assert newest.is_self_attention(grid, (5, 7), (False, False), beside)
+    assert not newest.is_self_attention(grid, (5, 7), (True, False), beside)
+    assert not checks.is_self_attention(sequence, (5,), (True,))  # before
+
+
+@pytest.mark.parametrize("given", [None, "non", "coop", "pp"])
+def test_kernel_schedules(given):
+    names = {"non": "NonPersistent", "coop": "WarpSpecializedCooperative", "pp": "WarpSpecializedPingpong"}
+    found = checks.check_kernel_schedule(given)
+    assert found is (None if given is None else KernelSchedule[names[given]])
+    assert checks.check_kernel_schedule(found) is found
+    with pytest.raises(ArgumentError, match="Kernel schedule fast is invalid"):
+        checks.check_kernel_schedule("fast")
+
+
+Q = torch.randn(2, 5, 7, 4, 8)
+TOKENS = Q.flatten(1, 2)
+MISFITS = {
+    "rank": (checks.na_tensor_checks, (TOKENS[0], TOKENS[0], TOKENS[0]), {}, "Expected 4-D, 5-D, or 6-D tensors"),
+    "ranks": (checks.na_tensor_checks, (Q, Q, TOKENS), {}, "must have the same rank"),
+    "map": (checks.na_tensor_checks, (Q, Q[:, 1:], Q), {}, "to match in their token layouts"),
+    "dim": (checks.na_tensor_checks, (Q, Q[..., 1:], Q), {}, "Q and K head dims must match"),
+    "batch": (checks.fmha_tensor_checks, (TOKENS, TOKENS[:1], TOKENS), {}, "must match in batch size"),
+    "dtype": (checks.fmha_tensor_checks, (TOKENS, TOKENS.half(), TOKENS), {}, "same data type"),
+    "fmha rank": (checks.fmha_tensor_checks, (Q, Q, Q), {}, "Expected 4-D tensors as inputs to FMHA"),
+    "tokens": (checks.fmha_tensor_checks, (TOKENS, TOKENS, TOKENS[:, 1:]), {}, "match in sequence length"),
+    "heads": (checks.na_tensor_checks, (Q, Q[..., :3, :], Q[..., :3, :]), {}, "must evenly divide query heads"),
+    "kv heads": (checks.na_tensor_checks, (Q, Q[..., :2, :], Q), {}, "must always have the same number of heads"),
+    "grouped": (
+        checks.na_tensor_checks, (Q, Q[..., :2, :], Q[..., :2, :]), {"supports_gqa_mqa": False}, "GQA/MQA",
+    ),
+    "value dim": (
+        checks.na_tensor_checks, (Q, Q, Q[..., 1:]), {"must_match_head_dims": True, "backend_name": "flex"},
+        "flex does not support different head dims",
+    ),
+    "sparse": (checks.na_tensor_checks, (Q.to_sparse(), Q, Q), {}, "does not support sparse tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_tensors_that_do_not_fit(name):
+    check, tensors, options, message = MISFITS[name]
+    with pytest.raises(NotImplementedError if name == "sparse" else ArgumentError, match=message):
+        check(*tensors, **options)
+    assert not check(*tensors, **options, raise_error=False)
+
+
+def test_tensors_that_fit():
+    assert checks.na_tensor_checks(Q, Q[..., :2, :], Q[..., :2, 1:])
+    assert checks.fmha_tensor_checks(TOKENS, TOKENS[:, 1:, :2], TOKENS[:, 1:, :2, 1:])

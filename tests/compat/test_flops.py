@@ -8,6 +8,8 @@ from torch import nn
 
 from nbhd.compat.natten import v0_14, v0_17
 from nbhd.compat.natten.core import flops
+from nbhd.compat.natten.v0_17 import flops as counts
+from nbhd.errors import ArgumentError
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 
@@ -53,3 +55,18 @@ def test_handles_count_from_shapes():
     assert flops.av_2d_flop([scores, query], [query]) == 2 * 6 * 7 * 9 * 4
     counter = object()
     assert flops.add_natten_handle(counter) is counter
+
+
+@pytest.mark.parametrize("is_heads_last", [True, False])
+@pytest.mark.parametrize("return_macs", [True, False])
+def test_counts_from_shapes(is_heads_last, return_macs):
+    shape = (2, 6, 7, 3, 8) if is_heads_last else (2, 3, 6, 7, 8)
+    rest = ((3, 5), 1, False, is_heads_last, return_macs)
+    half = 2 * 6 * 7 * 3 * 8 * 15 * (1 if return_macs else 2)
+    assert counts.na_qk_flop_count(shape, shape, *rest) == half
+    assert counts.na_av_flop_count((*shape[:-1], 15), shape, *rest) == half
+    assert counts.fna_flop_count(torch.Size(shape), shape, shape, *rest) == 2 * half
+    with pytest.raises(ArgumentError, match="Expected identical QKV shapes"):
+        counts.fna_flop_count(shape, shape, shape[::-1], *rest)
+    with pytest.raises(ArgumentError, match="one to three spatial axes"):
+        counts.na_qk_flop_count(shape[:3], shape[:3], *rest)

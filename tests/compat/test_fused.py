@@ -113,6 +113,35 @@ def test_half_precision_with_additional_tokens_and_autocast():
     assert cast.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("era", [v0_17.functional, v0_21])
+def test_additional_tokens_are_compared_after_autocast(era):
+    q, k, v = tensors(dtype=torch.float32)
+    more = torch.randn(1, 3, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = era.na2d(q, k, v, 3, additional_keys=more.bfloat16(), additional_values=more.bfloat16())
+        for inputs in ((q, k, v), tuple(t.bfloat16() for t in (q, k, v))):
+            out = era.na2d(*inputs, 3, additional_keys=more, additional_values=more.bfloat16())
+            assert torch.equal(out, expected)
+    with pytest.raises(ArgumentError, match=r"additional_values is torch.bfloat16 on cpu, not torch.float32"):
+        era.na2d(q, k, v, 3, additional_keys=more, additional_values=more.bfloat16())
+
+
+def test_no_additional_tokens_in_float16():
+    """The sum of so many float16 is infinite, and 0 * inf is no number."""
+    q = torch.ones(1, 24, 24, 8, 16, dtype=torch.float16, requires_grad=True)
+    none = torch.ones(1, 0, 8, 16, dtype=torch.float16)
+    out = v0_21.na2d(q, q, q, 3, additional_keys=none, additional_values=none)
+    assert torch.equal(out, v0_21.na2d(q, q, q, 3))
+    assert torch.isfinite(torch.autograd.grad(out.sum(), q)[0]).all()
+
+
+def test_shapes_on_the_meta_device():
+    q, k, v = (t.to("meta") for t in tensors())
+    more = torch.empty(1, 3, 2, 4, dtype=torch.float64, device="meta")
+    out, lse = v0_21.na2d(q, k, v, 3, additional_keys=more, additional_values=more, return_lse=True)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:-1])
+
+
 def test_signatures_are_those_of_the_era():
     def names(function):
         return list(inspect.signature(function).parameters)
@@ -180,7 +209,7 @@ def test_backends_by_name():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
 def test_compiles_in_one_graph():
     q, k, v = tensors(dtype=torch.float32)
-    more = torch.randn(1, 3, 2, 4)
+    more = torch.randn(1, 3, 2, 4, requires_grad=True)  # one tensor, twice
 
     def call(q, k, v, more):
         return v0_21.na2d(q, k, v, 3, additional_keys=more, additional_values=more, backend="cutlass-fna")

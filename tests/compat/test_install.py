@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
+import types
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -59,9 +62,10 @@ def test_versions_there_never_were(version):
 SUBMODULES = {
     "0.14.6": ["functional", "natten1d", "natten2d", "flops"],
     "0.15.1": ["functional", "natten3d"],
-    "0.17.5": ["functional", "na2d", "natten2d", "context", "utils", "utils.log", "types", "experimental", "flops"],
+    "0.17.5": ["functional", "na2d", "natten2d", "context", "utils", "utils.log", "utils.checks", "types",
+               "experimental", "flops"],
     "0.21.7": ["functional", "modules", "context", "types", "backends", "backends.configs", "backends.reference",
-               "utils.checks", "utils.varlen", "utils.log"],
+               "utils.checks", "utils.varlen", "utils.log", "version", "attn_merge"],
 }  # fmt: skip
 
 
@@ -77,6 +81,53 @@ def test_submodules_are_there_with_one_import_of_the_package(version):
     assert importlib.util.find_spec("natten.libnatten") is None
     with pytest.raises(ModuleNotFoundError, match=r"natten\.profiler"):
         importlib.import_module("natten.profiler")
+
+
+#: Names that callers import from submodules.
+NAMES = {
+    "0.15.1": {
+        "functional": "has_cuda has_half has_bfloat has_gemm has_tf32_gemm has_fp32_gemm has_fp64_gemm enable_tf32 "
+        "disable_tf32 enable_gemm_na disable_gemm_na enable_tiled_na disable_tiled_na",
+    },
+    "0.17.5": {
+        "utils.checks": "check_all_args check_kernel_size_arg check_dilation_arg check_causal_arg check_input_size_arg "
+        "get_num_na_weights",
+        "flops": "fna_flop_count na_qk_flop_count na_av_flop_count add_natten_handle get_flops",
+        "context": "MemoryUsagePreference should_use_flex_attention should_force_flex_attention",
+    },
+    "0.20.1": {
+        "utils.checks": "na_tensor_checks fmha_tensor_checks check_kernel_schedule is_self_attention",
+        "attn_merge": "merge_attentions",
+        "version": "__version__",
+    },
+    "0.21.1": {"attn_merge": "merge_attentions", "utils.checks": "check_kernel_schedule", "version": "__version__"},
+    "0.21.6": {"attn_merge": "merge_attentions", "utils.checks": "check_kernel_schedule", "version": "__version__"},
+}
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_names_in_submodules(version):
+    install(version)
+    natten = importlib.import_module("natten")
+    for module, names in NAMES[version].items():
+        found = importlib.import_module(f"natten.{module}")
+        for name in names.split():
+            assert hasattr(found, name), f"natten.{module}.{name}"
+            if module in ("functional", "attn_merge", "version") and hasattr(natten, name):
+                assert getattr(found, name) == getattr(natten, name)
+    if version == "0.21.1":
+        assert natten.version.__version__ == "0.21.1"
+    if version.startswith("0.2"):
+        takes_four = "has_additional_attention" in inspect.signature(natten.utils.checks.is_self_attention).parameters
+        assert takes_four == (version == "0.21.6")
+
+
+@pytest.mark.parametrize("mock", [unittest.mock.MagicMock(), types.SimpleNamespace(), types.ModuleType("natten")])
+def test_a_mock_in_natten_s_place_is_left_alone(monkeypatch, mock):
+    monkeypatch.setitem(sys.modules, "natten", mock)
+    assert not install()
+    uninstall()
+    assert sys.modules["natten"] is mock
 
 
 def test_no_context_before_0_17():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,8 +49,9 @@ def test_the_eras_to_0_15_pad_maps_smaller_than_the_window(axes, size):
 
 def test_three_axes_of_0_15():
     module = v0_15.NeighborhoodAttention3D(8, 2, 3, 5, 1, 2)
-    assert module.kernel_size == (5, 3, 3)
-    assert module.dilation == (2, 1, 1)
+    assert (module.kernel_size_d, module.kernel_size) == (5, 3)
+    assert (module.dilation_d, module.dilation) == (2, 1)
+    assert (module.window_size_d, module.window_size) == (10, 3)
     x = torch.randn(1, 4, 5, 3, 8)  # the depth padded to 10
     assert torch.allclose(module(x), by_hand(module, x, (5, 3, 3), (2, 1, 1), 3), atol=1e-5)
 
@@ -61,6 +63,73 @@ def test_dilation_of_0_14_4_may_follow_the_map():
         assert torch.allclose(module(x), by_hand(module, x, (3, 3), (dilation, dilation), 2), atol=1e-5)
     with pytest.warns(DeprecationWarning, match="NeighborhoodAttention2D"):
         assert isinstance(v0_14_4.NeighborhoodAttention(8, 3, 2), v0_14_4.NeighborhoodAttention2D)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_dilation_that_follows_the_map_is_traced():
+    module = v0_14_4.NeighborhoodAttention2D(8, 3, 2, dilation="auto")
+    x = torch.randn(1, 9, 7, 8)
+    assert torch.allclose(torch.jit.trace(module, (x,))(x), module(x), atol=1e-6)
+    assert module.dilation is None and module.window_size is None
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_up_to_0_15_window_and_dilation_are_ints(axes):
+    name = f"NeighborhoodAttention{axes}D"
+    x = torch.randn(1, *LETTERS[axes], 8)
+    for module in (
+        getattr(v0_14_4, name)(8, 3, 2, dilation=2),
+        getattr(v0_14, name)(8, 2, 3, 2),
+        getattr(v0_15, name)(8, 2, 3, 2),
+    ):
+        assert (module.kernel_size, module.dilation, module.window_size) == (3, 2, 6)
+        module.dilation = 1
+        assert torch.allclose(module(x), by_hand(module, x, (3,) * axes, (1,) * axes, axes), atol=1e-5)
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(x), module(x), atol=1e-6)
+    uneven = v0_14.NeighborhoodAttention2D(8, 2, (3, 5), 2)  # which NATTEN did not have
+    assert (uneven.kernel_size, uneven.dilation, uneven.window_size) == ((3, 5), 2, (6, 10))
+
+
+#: Keywords of the authors' detection and segmentation code, with what each era calls the bias.
+NONE = {
+    "0.14.4": (v0_14_4, {}),
+    "0.14.6": (v0_14, {"bias": True}),
+    "0.15.1": (v0_15, {"bias": True}),
+    "0.17.5": (v0_17, {"rel_pos_bias": True, "is_causal": None}),
+    "0.20.1": (v0_20, {"rel_pos_bias": True, "is_causal": None, "stride": None}),
+    "0.21.7": (v0_21, {"rel_pos_bias": True, "is_causal": None, "stride": None}),
+}
+
+
+@pytest.mark.parametrize("version", NONE)
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_none_is_the_default(version, axes):
+    era, extra = NONE[version]
+    if axes == 3 and era in (v0_14_4, v0_14):
+        return  # three axes came with 0.15
+    module = getattr(era, f"NeighborhoodAttention{axes}D")(
+        dim=8, kernel_size=3, dilation=None, num_heads=2, qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0,
+        **extra,
+    )  # fmt: skip
+    x = torch.randn(1, *LETTERS[axes], 8)
+    assert torch.allclose(module(x), by_hand(module, x, (3,) * axes, (1,) * axes, axes), atol=1e-5)
+
+
+@pytest.mark.parametrize("era", [v0_14, v0_15, v0_17, v0_20, v0_21])
+def test_numpy_ints(era):
+    module = era.NeighborhoodAttention2D(8, 2, np.int64(3), dilation=np.int32(2))
+    x = torch.randn(1, 7, 6, 8)
+    assert torch.allclose(module(x), by_hand(module, x, (3, 3), (2, 2), 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("era", [v0_14, v0_17, v0_21])
+def test_scale_can_be_set(era):
+    module = era.NeighborhoodAttention1D(8, 2, 3)
+    x = torch.randn(1, 9, 8)
+    module.scale = 2.0
+    assert module.scale == 2.0
+    assert torch.allclose(module(x), by_hand(module, x, (3,), (1,), 1, 2.0), atol=1e-5)
 
 
 def test_the_fourth_argument_is_the_dilation_in_0_17_and_the_stride_after():

@@ -158,6 +158,21 @@ def test_autocast_follows_the_active_dtype():
         assert v0_17.functional.na2d_av(torch.softmax(scores, -1), v, 3, 1, more_v).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_additional_tokens_are_compared_after_autocast(dtype):
+    q, k, v = tensors((6, 7), dtype=torch.float32)
+    more_k, more_v = torch.randn(2, 1, 2, 2, 3).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        for cast in (torch.float32, dtype):
+            scores = v0_17.functional.na2d_qk(q.to(cast), k.to(cast), 3, 1, more_k.float())
+            assert scores.dtype == torch.bfloat16
+            attn = torch.softmax(scores, -1)
+            assert v0_17.functional.na2d_av(attn, v.float(), 3, 1, more_v).dtype == torch.bfloat16
+            assert v0_17.functional.na2d_av(attn, v.to(dtype), 3, 1, more_v.float()).dtype == torch.bfloat16
+    with pytest.raises(ArgumentError, match=f"additional_keys is {dtype} on cpu, not torch.float32 on cpu"):
+        v0_17.functional.na2d_qk(q, k, 3, 1, more_k)
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
 def test_nested_tensors_are_for_inference():
     small, large = tensors((5, 6)), tensors((7, 4))

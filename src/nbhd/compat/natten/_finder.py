@@ -40,6 +40,8 @@ _NEW = {
     "utils.checks": "core.checks",
     "utils.log": "core.logs",
     "utils.varlen": "core.varlen",
+    "attn_merge": "v0_20.attn_merge",
+    "version": "core.version",
     "_environment": "core.environment",
 }
 #: Submodules of ``natten``: a module of the era's package, or with a dot one of nbhd.compat.natten.
@@ -55,13 +57,14 @@ SUBMODULES = {
         "na3d": "modules",
         "context": "context",
         "experimental": "functional",
-        "flops": "core.flops",
+        "flops": "flops",
         "types": "core.kinds",
         "utils": "utils",
+        "utils.checks": "utils",
         "utils.log": "core.logs",
     },
     "v0_20": _NEW,
-    "v0_21": _NEW,
+    "v0_21": {**_NEW, "attn_merge": "attn_merge", "utils.checks": "checks"},
     "v0_21_1": _NEW,
 }
 
@@ -172,8 +175,9 @@ class Loader(importlib.abc.Loader):
                 setattr(module, name, getattr(source, name))
         module.__doc__ = source.__doc__
         module.__file__ = source.__file__
-        if module.__name__ == "natten":
+        if module.__name__ in ("natten", "natten.version"):
             module.__version__ = self.version  # type: ignore[attr-defined]
+        if module.__name__ == "natten":
             module.__all__ = [name for name in source.__all__ if name not in own]  # type: ignore[attr-defined]
             for name in self.submodules:
                 if not hasattr(module, name) or name in own:
@@ -184,7 +188,7 @@ class Loader(importlib.abc.Loader):
 
 def is_ours(module: ModuleType) -> bool:
     """Whether a module named natten is the stand-in."""
-    return isinstance(getattr(module.__spec__, "loader", None), Loader)
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), Loader)
 
 
 def real_natten(
@@ -193,7 +197,7 @@ def real_natten(
     """Where NATTEN itself would come from. A mere folder of that name, without ``__init__.py``, is not it."""
     loaded = sys.modules.get("natten")
     if loaded is not None and not is_ours(loaded):
-        return loaded.__spec__ or importlib.machinery.ModuleSpec("natten", None)
+        return getattr(loaded, "__spec__", None) or importlib.machinery.ModuleSpec("natten", None)
     spec = _found_by_others("natten", path, target)
     return spec if spec is not None and spec.loader is not None and spec.origin is not None else None
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from nbhd.compat.natten.core.tensors import no_autocast
+
 #: Scores computed at once. Bounds the memory beyond inputs and outputs.
 CHUNK_ELEMENTS = 1 << 22
 
@@ -23,11 +25,13 @@ def attend(
         queries, heads]`` in float32 (float64 for float64). Without keys output is 0 and log-sum-exp minus infinity.
     """
     if key.shape[1] == 0 or query.shape[1] == 0:
-        out = query.new_zeros((*query.shape[:-1], value.shape[-1]))
-        out = out + 0.0 * (query.sum() + key.sum() + value.sum())  # zeros that autograd knows
-        lse = torch.full(query.shape[:-1], -math.inf, dtype=_exact(query.dtype), device=query.device)
+        zero = query[:0].sum() + key[:0].sum() + value[:0].sum()  # of nothing, and autograd knows it
+        out = query.new_zeros((*query.shape[:-1], value.shape[-1])) + zero
+        lse = torch.full(query.shape[:-1], -math.inf, dtype=exact(query.dtype), device=query.device) + zero
         return out, lse if with_lse else None
     if with_lse:
+        if torch.compiler.is_compiling():  # which takes no tensor twice: one may be query, key and value at once
+            key, value = key.view_as(key), value.view_as(value)
         out, lse = _Attend.apply(query, key, value, scale, is_causal)
         return out, lse
     out = scaled_dot_product_attention(
@@ -41,14 +45,15 @@ def attend(
     return out.transpose(1, 2), None
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums run in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rows(tensor: Tensor, kv_heads: int) -> Tensor:
     """``[batch, tokens, heads, c]`` as ``[batch, kv_heads, groups, tokens, c]`` in the accumulation dtype."""
     grouped = tensor.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    return grouped.to(_exact(tensor.dtype))
+    return grouped.to(exact(tensor.dtype))
 
 
 def _back(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,53 +77,63 @@ def _chunks(query: Tensor, key: Tensor) -> list[tuple[int, int]]:
     return [(begin, min(begin + size, query.shape[1])) for begin in range(0, query.shape[1], size)]
 
 
-class _Attend(torch.autograd.Function):
-    """Output and log-sum-exp; scores are computed again in the backward rather than kept.
+def output_and_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over one or more keys, without a gradient of its own."""
+    with no_autocast(query.device):
+        kv_heads = key.shape[2]
+        q, k, v = _rows(query, kv_heads), _rows(key, kv_heads), _rows(value, kv_heads)
+        outs, lses = [], []
+        for begin, end in _chunks(query, key):
+            scores = _scores(q[..., begin:end, :], k, begin, scale, is_causal)
+            outs.append(torch.matmul(torch.softmax(scores, -1), v))
+            lses.append(torch.logsumexp(scores, -1, keepdim=True))
+        lse = torch.cat(lses, -2)
+        return _back(torch.cat(outs, -2), query.dtype), _back(lse, lse.dtype).squeeze(-1)
+
+
+def gradients(
+    d_out: Tensor, d_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of query, key and value. Scores are computed again rather than kept.
 
     With P the probabilities: dS = P * (dP - rowsum(P * dP) + d_lse).
     """
+    with no_autocast(query.device):
+        kv_heads = key.shape[2]
+        q, k, v = _rows(query, kv_heads), _rows(key, kv_heads), _rows(value, kv_heads)
+        d_o = _rows(d_out, kv_heads)
+        d_log_sum = _rows(d_lse[..., None], kv_heads)
+        d_queries, d_key, d_value = [], torch.zeros_like(k), torch.zeros_like(v)
+        for begin, end in _chunks(query, key):
+            rows = (..., slice(begin, end), slice(None))
+            probabilities = torch.softmax(_scores(q[rows], k, begin, scale, is_causal), -1)
+            d_value = d_value + _over_groups(torch.matmul(probabilities.transpose(-1, -2), d_o[rows]))
+            d_probabilities = torch.matmul(d_o[rows], v.transpose(-1, -2))
+            delta = (probabilities * d_probabilities).sum(-1, keepdim=True) - d_log_sum[rows]
+            d_scores = probabilities * (d_probabilities - delta)
+            d_queries.append(torch.matmul(d_scores, k) * scale)
+            d_key = d_key + _over_groups(torch.matmul(d_scores.transpose(-1, -2), q[rows]) * scale)
+        d_query = _back(torch.cat(d_queries, -2), query.dtype)
+        return d_query, _back(d_key, key.dtype), _back(d_value, value.dtype)
+
+
+class _Attend(torch.autograd.Function):
+    """:func:`output_and_lse` with :func:`gradients`."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-        with torch.autocast(query.device.type, enabled=False):
-            kv_heads = key.shape[2]
-            q, k, v = _rows(query, kv_heads), _rows(key, kv_heads), _rows(value, kv_heads)
-            outs, lses = [], []
-            for begin, end in _chunks(query, key):
-                scores = _scores(q[..., begin:end, :], k, begin, scale, is_causal)
-                lse = torch.logsumexp(scores, -1, keepdim=True)
-                outs.append(torch.matmul(torch.exp(scores - lse), v))
-                lses.append(lse)
-            lse = torch.cat(lses, -2)
-            return _back(torch.cat(outs, -2), query.dtype), _back(lse, lse.dtype).squeeze(-1)
+        return output_and_lse(query, key, value, scale, is_causal)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         query, key, value, ctx.scale, ctx.is_causal = inputs
-        ctx.save_for_backward(query, key, value, output[1])
+        ctx.save_for_backward(query, key, value)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        query, key, value, lse = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
-            kv_heads = key.shape[2]
-            q, k, v = _rows(query, kv_heads), _rows(key, kv_heads), _rows(value, kv_heads)
-            d_o = _rows(d_out, kv_heads)
-            log_sum, d_log_sum = _rows(lse[..., None], kv_heads), _rows(d_lse[..., None], kv_heads)
-            d_queries, d_key, d_value = [], torch.zeros_like(k), torch.zeros_like(v)
-            for begin, end in _chunks(query, key):
-                rows = (..., slice(begin, end), slice(None))
-                probabilities = torch.exp(_scores(q[rows], k, begin, ctx.scale, ctx.is_causal) - log_sum[rows])
-                d_value = d_value + _over_groups(torch.matmul(probabilities.transpose(-1, -2), d_o[rows]))
-                d_probabilities = torch.matmul(d_o[rows], v.transpose(-1, -2))
-                delta = (probabilities * d_probabilities).sum(-1, keepdim=True) - d_log_sum[rows]
-                d_scores = probabilities * (d_probabilities - delta)
-                d_queries.append(torch.matmul(d_scores, k) * ctx.scale)
-                d_key = d_key + _over_groups(torch.matmul(d_scores.transpose(-1, -2), q[rows]) * ctx.scale)
-            d_query = _back(torch.cat(d_queries, -2), query.dtype)
-            return d_query, _back(d_key, key.dtype), _back(d_value, value.dtype), None, None
+        return *gradients(d_out, d_lse, *ctx.saved_tensors, ctx.scale, ctx.is_causal), None, None
 
 
 def _over_groups(tensor: Tensor) -> Tensor:

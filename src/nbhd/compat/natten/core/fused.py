@@ -54,20 +54,22 @@ def attend(
         raise signature.error(str(error)) from None
     if additional_keys is None or additional_values is None:
         return result
-    _check_additional(signature, query, key, value, additional_keys, additional_values)
+    (query,) = autocast(query)
+    more_keys, more_values = _additional(signature, query, key, value, additional_keys, additional_values)
     out, lse = result
-    tokens, additional_keys, additional_values = autocast(query.flatten(1, -3), additional_keys, additional_values)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    extra, extra_lse = dense.attend(tokens, additional_keys, additional_values, factor, False, with_lse=True)
+    extra, extra_lse = dense.attend(query.flatten(1, -3), more_keys, more_values, factor, False, with_lse=True)
     assert extra_lse is not None
     merged, merged_lse = merge([out.flatten(1, -3), extra], [lse.flatten(1, -2), extra_lse])
     merged, merged_lse = merged.unflatten(1, query.shape[1:-2]), merged_lse.unflatten(1, query.shape[1:-2])
     return (merged, merged_lse) if return_lse else merged
 
 
-def _check_additional(
+def _additional(
     signature: Signature, query: Tensor, key: Tensor, value: Tensor, more_keys: Any, more_values: Any
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """Additional tokens, in the dtype of an active autocast as ``query`` is, and checked against it."""
+    found = []
     for name, extra, like in (("additional_keys", more_keys, key), ("additional_values", more_values, value)):
         check_tensor(signature, name, extra, 4)
         batch, heads, dim = like.shape[0], like.shape[-2], like.shape[-1]
@@ -76,9 +78,12 @@ def _check_additional(
                 f"{name} must be [batch, tokens, heads, dim] = [{batch}, tokens, {heads}, {dim}], got "
                 f"{tuple(extra.shape)}."
             )
-        if extra.dtype != query.dtype or extra.device != query.device:
-            raise signature.error(f"{name} is {extra.dtype} on {extra.device}, not {query.dtype} on {query.device}.")
+        (cast,) = autocast(extra)
+        if cast.dtype != query.dtype or cast.device != query.device:
+            raise signature.error(f"{name} is {cast.dtype} on {cast.device}, not {query.dtype} on {query.device}.")
+        found.append(cast)
     if more_keys.shape[1] != more_values.shape[1]:
         raise signature.error(
             f"additional_keys has {more_keys.shape[1]} tokens, additional_values {more_values.shape[1]}."
         )
+    return found[0], found[1]

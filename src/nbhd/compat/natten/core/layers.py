@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from nbhd.compat.natten.core.signature import Signature
+from nbhd.compat.natten.core.tensors import or_default
 from nbhd.functional import AXES
-from nbhd.nn import _NeighborhoodAttention
+from nbhd.nn import _Geometry, _NeighborhoodAttention
 
 
 class Module(_NeighborhoodAttention):
@@ -21,6 +25,23 @@ class Module(_NeighborhoodAttention):
     #: Whether small maps are padded with zeros up to the window and cropped back. If not they are an error.
     pad_small_inputs: bool = False
 
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: Any,
+        stride: Any,
+        dilation: Any,
+        is_causal: Any,
+        rel_pos_bias: bool,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        attn_drop: float,
+        proj_drop: float,
+    ) -> None:
+        geometry = (kernel_size, or_default(stride, 1), or_default(dilation, 1), or_default(is_causal, False))
+        super().__init__(embed_dim, num_heads, *geometry, rel_pos_bias, qkv_bias, qk_scale, attn_drop, proj_drop)
+
     @property
     def dim(self) -> int:
         """Channels in and out."""
@@ -33,8 +54,12 @@ class Module(_NeighborhoodAttention):
 
     @property
     def scale(self) -> float:
-        """The factor on the scores."""
+        """The factor on the scores. It can be set."""
         return float(self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale)
+
+    @scale.setter
+    def scale(self, factor: float) -> None:
+        self.qk_scale = factor
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, *spatial, channels]`` to the same shape."""
@@ -47,9 +72,10 @@ class Module(_NeighborhoodAttention):
         if x.shape[-1] != self.embed_dim:
             raise signature.error(f"Expected embedding dimension {self.embed_dim}, got {tuple(x.shape)}.")
         if not self.pad_small_inputs:
+            kernel_size, _, dilation, _ = self._geometry(x.shape[1:-1])
             small = [
                 f"{AXES[n]} has {length}, the window spans {k * d}"
-                for n, (length, k, d) in enumerate(zip(x.shape[1:-1], self.kernel_size, self.dilation, strict=True))
+                for n, (length, k, d) in enumerate(zip(x.shape[1:-1], kernel_size, dilation, strict=True))
                 if k * d > length
             ]
             if small:
@@ -58,3 +84,34 @@ class Module(_NeighborhoodAttention):
                     "maps: so does this module with pad_small_inputs=True."
                 )
         return super().forward(x)
+
+
+class EarlyModule(Module):
+    """The modules up to 0.15: small maps padded, and ``kernel_size``, ``dilation`` and ``window_size`` are ints."""
+
+    pad_small_inputs = True
+    kernel_size: Any
+    dilation: Any
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._keep_ints()
+
+    def _keep_ints(self) -> None:
+        self.kernel_size, self.dilation = one(self.kernel_size), one(self.dilation)
+
+    def _geometry(self, spatial: Sequence[int]) -> _Geometry:
+        window, dilation = self._each("kernel_size", self.kernel_size), self._each("dilation", self.dilation)
+        return window, self.stride, dilation, self.is_causal
+
+    @property
+    def window_size(self) -> Any:
+        """Positions that a window spans: ``kernel_size * dilation``."""
+        window, dilation = self._each("kernel_size", self.kernel_size), self._each("dilation", self.dilation)
+        return one(k * d for k, d in zip(window, dilation, strict=True))
+
+
+def one(values: Iterable[int]) -> Any:
+    """The int that all axes share; the tuple if they differ, which NATTEN did not have."""
+    found = tuple(values)
+    return found[0] if len(set(found)) == 1 else found

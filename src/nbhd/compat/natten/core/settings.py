@@ -6,6 +6,7 @@ own rules about them (which values, which combinations) hold.
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ import torch
 from nbhd.compat.natten.core import knobs
 from nbhd.errors import ArgumentError
 
-_MEMORY = ("default", "strict", "unrestricted")
+
+class MemoryUsagePreference(enum.StrEnum):
+    """The three preferences; each equals its name as a string."""
+
+    Default = "default"
+    Strict = "strict"
+    Unrestricted = "unrestricted"
 
 
 def _bool(value: Any) -> bool:
@@ -38,8 +45,8 @@ class Settings:
         self._kv_parallelism = self._kv_parallelism_default
         self._fused = False
         self._deterministic = False
-        self._memory = "default"
-        self._flex = False
+        self._memory = MemoryUsagePreference.Default
+        self._flex = {"use": False, "force": False}
         self._switches = {"gemm_na": True, "tiled_na": True, "tf32": True}
         self._flex_compile = {"forward": False, "backward": False}
         self.reset_autotuner()
@@ -58,27 +65,38 @@ class Settings:
         use_flex_attention: bool = False,
         force_flex_attention: bool = False,
     ) -> None:
-        """Ask for fused attention in modules. nbhd always fuses, but where attention dropout needs the weights."""
-        self._fused = _bool(mode)
-        _bool(kv_parallel)
-        if mode and kv_parallel and not self._deterministic and not torch.are_deterministic_algorithms_enabled():
-            self._kv_parallelism = True
-        self._flex = _bool(use_flex_attention) or _bool(force_flex_attention)
+        """Ask for fused attention in modules. nbhd always fuses, but where attention dropout needs the weights.
+
+        Raises:
+            RuntimeError: KV parallelism is asked for, as it is by default, and NATTEN's deterministic mode is on.
+        """
+        flex = {"use": _bool(use_flex_attention), "force": _bool(force_flex_attention)}
+        self.use_kv_parallelism_in_fused_na(_bool(mode) & _bool(kv_parallel))
+        self._fused = mode
+        self._flex = flex if mode else {"use": False, "force": False}
         knobs.ignored("use_fused_na", "modules are fused wherever the attention weights are not needed")
 
     def is_fused_na_enabled(self) -> bool:
         """What :meth:`use_fused_na` was last told."""
         return self._fused
 
-    def use_flex_attention(self, mode: bool = True) -> None:
-        """Ask for FlexAttention, which nbhd does not use."""
-        self._flex = _bool(mode)
+    def use_flex_attention(self) -> None:
+        """``use_fused_na`` with FlexAttention, which nbhd does not use."""
+        self.use_fused_na(use_flex_attention=True)
         knobs.ignored("use_flex_attention", "nbhd has kernels of its own")
 
-    def force_flex_attention(self, mode: bool = True) -> None:
-        """Ask for FlexAttention, which nbhd does not use."""
-        self._flex = _bool(mode)
+    def force_flex_attention(self) -> None:
+        """``use_fused_na`` with FlexAttention and nothing else, which nbhd does not use."""
+        self.use_fused_na(use_flex_attention=True, force_flex_attention=True)
         knobs.ignored("force_flex_attention", "nbhd has kernels of its own")
+
+    def should_use_flex_attention(self) -> bool:
+        """Whether FlexAttention was last asked for."""
+        return self._flex["use"]
+
+    def should_force_flex_attention(self) -> bool:
+        """Whether nothing but FlexAttention was last asked for."""
+        return self._flex["force"]
 
     # ---- determinism and memory
     # ------------------------------------------------------------------------------------------------------------------
@@ -122,30 +140,30 @@ class Settings:
         Raises:
             ArgumentError: it is none of the three.
         """
-        if pref not in _MEMORY:
+        if pref not in tuple(MemoryUsagePreference):
             raise ArgumentError(
                 "natten.set_memory_usage_preference allows only one of three settings: `default`, `strict`, and "
                 f"`unrestricted`. Got {pref!r}."
             )
-        self._memory = pref
+        self._memory = MemoryUsagePreference(pref)
         if pref != "default":
             knobs.ignored("set_memory_usage_preference", "memory is linear in the size of the map")
 
-    def get_memory_usage_preference(self) -> str:
+    def get_memory_usage_preference(self) -> MemoryUsagePreference:
         """What :meth:`set_memory_usage_preference` was last told."""
         return self._memory
 
     def is_memory_usage_default(self) -> bool:
         """Whether the preference is ``"default"``."""
-        return self._memory == "default"
+        return self._memory is MemoryUsagePreference.Default
 
     def is_memory_usage_strict(self) -> bool:
         """Whether the preference is ``"strict"``."""
-        return self._memory == "strict"
+        return self._memory is MemoryUsagePreference.Strict
 
     def is_memory_usage_unrestricted(self) -> bool:
         """Whether the preference is ``"unrestricted"``."""
-        return self._memory == "unrestricted"
+        return self._memory is MemoryUsagePreference.Unrestricted
 
     # ---- autotuner (0.17)
     # ------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if t.dtype in _CAST else t for t in tensors)
+
+
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which nothing is cast. The meta device has no autocast, and asking for it raises."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_tensor(signature: Signature, name: str, tensor: Any, rank: int) -> None:

@@ -49,9 +49,9 @@ def scores(
             f"The bias has {rpb.shape[0]} heads, query has {query.shape[1]} in shape {tuple(query.shape)}. If query is "
             f"heads last, move its heads: .movedim(-2, 1)."
         )
-    if additional_keys is not None:
-        _check_additional(signature, "additional_keys", additional_keys, query)
     query, key = autocast(query, key)
+    if additional_keys is not None:
+        additional_keys = _additional(signature, "additional_keys", additional_keys, query)
     try:
         found = attention_scores(
             query.movedim(1, -2),
@@ -68,7 +68,6 @@ def scores(
     found = found.movedim(-2, 1)
     if additional_keys is None:
         return found.contiguous()
-    (additional_keys,) = autocast(additional_keys)
     extra = torch.matmul(query.flatten(2, -2), additional_keys.transpose(-1, -2))
     return torch.cat([found, extra.unflatten(2, query.shape[2:-1])], -1)
 
@@ -93,11 +92,11 @@ def weighted_sum(
         )
     check_tensor(signature, "attn", attn, axes + 3)
     check_tensor(signature, "value", value, axes + 3)
+    (value,) = autocast(value)
     more = 0
     if additional_values is not None:
-        _check_additional(signature, "additional_values", additional_values, value)
+        additional_values = _additional(signature, "additional_values", additional_values, value)
         more = additional_values.shape[2]
-        (additional_values,) = autocast(additional_values)
     try:
         slots = math.prod(per_axis(kernel_size, axes))
     except TypeError:
@@ -109,7 +108,6 @@ def weighted_sum(
             f"{tuple(attn.shape)} and value {tuple(value.shape)}."
         )
     attn = attn.to(value.dtype)
-    attn, value = autocast(attn, value)
     window, rest = (attn, None) if additional_values is None else attn.split([slots, more], -1)
     try:
         out = apply_attention_weights(
@@ -129,15 +127,18 @@ def weighted_sum(
     return out + extra.unflatten(2, value.shape[2:-1])
 
 
-def _check_additional(signature: Signature, name: str, extra: Any, like: Tensor) -> None:
+def _additional(signature: Signature, name: str, extra: Any, like: Tensor) -> Tensor:
+    """Additional tokens, in the dtype of an active autocast as ``like`` is, and checked against it."""
     check_tensor(signature, name, extra, 4)
     batch, heads, dim = like.shape[0], like.shape[1], like.shape[-1]
     if extra.shape[0] != batch or extra.shape[1] != heads or extra.shape[3] != dim:
         raise signature.error(
             f"{name} must be [batch, heads, tokens, dim] = [{batch}, {heads}, tokens, {dim}], got {tuple(extra.shape)}."
         )
-    if extra.dtype != like.dtype or extra.device != like.device:
-        raise signature.error(f"{name} is {extra.dtype} on {extra.device}, not {like.dtype} on {like.device}.")
+    (found,) = autocast(extra)
+    if found.dtype != like.dtype or found.device != like.device:
+        raise signature.error(f"{name} is {found.dtype} on {found.device}, not {like.dtype} on {like.device}.")
+    return found
 
 
 def _any_nested(*tensors: Any) -> bool:

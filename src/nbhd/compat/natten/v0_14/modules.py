@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from nbhd.compat.natten.core.layers import Module
+from nbhd.compat.natten.core.layers import EarlyModule
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D"]
 
 
-class _Module(Module):
+class _Module(EarlyModule):
     """As :class:`nbhd.nn.NeighborhoodAttention2D`, small maps padded.
 
     Args:
         dim: channels in and out.
         num_heads: attention heads.
         kernel_size: window.
-        dilation: as in the operator.
+        dilation: as in the operator; None is 1.
         bias: learn a relative position bias (parameter ``rpb``).
         qkv_bias: whether the query, key and value projection has a bias.
         qk_scale: factor on the scores; default ``head_dim ** -0.5``.
@@ -23,14 +23,13 @@ class _Module(Module):
     """
 
     era = "0.14.6"
-    pad_small_inputs = True
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         kernel_size: int,
-        dilation: int = 1,
+        dilation: int | None = 1,
         bias: bool = True,
         qkv_bias: bool = True,
         qk_scale: float | None = None,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from nbhd.compat.natten.core.layers import Module
+from nbhd.compat.natten.core.layers import EarlyModule
+from nbhd.nn import _Geometry
 
 __all__ = ["NeighborhoodAttention", "NeighborhoodAttention1D", "NeighborhoodAttention2D"]
 
 
-class _Module(Module):
+class _Module(EarlyModule):
     """As :class:`nbhd.nn.NeighborhoodAttention2D`, with a bias, small maps padded.
 
     Args:
@@ -27,7 +27,6 @@ class _Module(Module):
     """
 
     era = "up to 0.14.4"
-    pad_small_inputs = True
 
     def __init__(
         self,
@@ -40,15 +39,22 @@ class _Module(Module):
         proj_drop: float = 0.0,
         dilation: int | str | None = None,
     ) -> None:
-        fixed = 1 if dilation is None or isinstance(dilation, str) else dilation
+        fixed = None if isinstance(dilation, str) else dilation
         super().__init__(dim, num_heads, kernel_size, 1, fixed, False, True, qkv_bias, qk_scale, attn_drop, proj_drop)
-        self.dilation_follows_input = isinstance(dilation, str)
+        if isinstance(dilation, str):
+            self.dilation = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[batch, *spatial, dim]`` to the same shape."""
-        if self.dilation_follows_input and isinstance(x, Tensor) and x.ndim == self.axes + 2:
-            self.dilation = (max(min(x.shape[1:-1]) // self.kernel_size[0], 1),) * self.axes
-        return super().forward(x)
+    def _geometry(self, spatial: Sequence[int]) -> _Geometry:
+        if self.dilation is not None:
+            return super()._geometry(spatial)
+        window = self._each("kernel_size", self.kernel_size)
+        dilation = max(min(int(n) for n in spatial) // window[0], 1)  # while torch.jit traces, lengths are tensors
+        return window, self.stride, (dilation,) * self.axes, self.is_causal
+
+    @property
+    def window_size(self) -> Any:
+        """Positions that a window spans, ``kernel_size * dilation``; None where the dilation follows the map."""
+        return None if self.dilation is None else super().window_size
 
 
 class NeighborhoodAttention1D(_Module):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from nbhd.compat.natten.core.layers import Module
+from collections.abc import Sequence
+
+from nbhd.compat.natten.core.layers import EarlyModule
+from nbhd.compat.natten.core.tensors import or_default
 from nbhd.compat.natten.v0_14 import modules as before
+from nbhd.nn import _Geometry
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -18,7 +22,7 @@ class NeighborhoodAttention2D(before.NeighborhoodAttention2D):
     era = "0.15"
 
 
-class NeighborhoodAttention3D(Module):
+class NeighborhoodAttention3D(EarlyModule):
     """Three axes, ``[batch, X, Y, Z, dim]``; the first, the depth, may have its own window and dilation.
 
     A map smaller than the window is padded on every axis. (NATTEN's own padding of the depth fails.)
@@ -28,7 +32,7 @@ class NeighborhoodAttention3D(Module):
         num_heads: attention heads.
         kernel_size: window of the last two axes.
         kernel_size_d: window of the depth; default ``kernel_size``.
-        dilation: dilation of the last two axes.
+        dilation: dilation of the last two axes; None is 1.
         dilation_d: dilation of the depth; default ``dilation``.
         bias: learn a relative position bias (parameter ``rpb``).
         qkv_bias: whether the query, key and value projection has a bias.
@@ -39,7 +43,6 @@ class NeighborhoodAttention3D(Module):
 
     axes = 3
     era = "0.15"
-    pad_small_inputs = True
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class NeighborhoodAttention3D(Module):
         num_heads: int,
         kernel_size: int,
         kernel_size_d: int | None = None,
-        dilation: int = 1,
+        dilation: int | None = 1,
         dilation_d: int | None = None,
         bias: bool = True,
         qkv_bias: bool = True,
@@ -55,6 +58,20 @@ class NeighborhoodAttention3D(Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        window = (kernel_size if kernel_size_d is None else kernel_size_d, kernel_size, kernel_size)
-        dilations = (dilation if dilation_d is None else dilation_d, dilation, dilation)
+        dilation = or_default(dilation, 1)
+        window = (or_default(kernel_size_d, kernel_size), kernel_size, kernel_size)
+        dilations = (or_default(dilation_d, dilation), dilation, dilation)
         super().__init__(dim, num_heads, window, 1, dilations, False, bias, qkv_bias, qk_scale, attn_drop, proj_drop)
+
+    def _keep_ints(self) -> None:
+        self.kernel_size_d, self.kernel_size, _ = self.kernel_size
+        self.dilation_d, self.dilation, _ = self.dilation
+
+    def _geometry(self, spatial: Sequence[int]) -> _Geometry:
+        window = (self.kernel_size_d, self.kernel_size, self.kernel_size)
+        return window, self.stride, (self.dilation_d, self.dilation, self.dilation), self.is_causal
+
+    @property
+    def window_size_d(self) -> int:
+        """Positions that a window spans along the depth."""
+        return int(self.kernel_size_d * self.dilation_d)

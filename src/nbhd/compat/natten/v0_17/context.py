@@ -13,10 +13,11 @@ from nbhd.compat.natten.core.machine import (
     has_half,
     has_tf32_gemm,
 )
-from nbhd.compat.natten.core.settings import Settings
+from nbhd.compat.natten.core.settings import MemoryUsagePreference, Settings
 
 __all__ = [
     "AutotunerContext",
+    "MemoryUsagePreference",
     "NattenContext",
     "are_deterministic_algorithms_enabled",
     "disable_autotuner",
@@ -52,6 +53,8 @@ __all__ = [
     "is_tf32_in_gemm_na_enabled",
     "is_tiled_na_enabled",
     "set_memory_usage_preference",
+    "should_force_flex_attention",
+    "should_use_flex_attention",
     "use_autotuner",
     "use_deterministic_algorithms",
     "use_flex_attention",
@@ -97,6 +100,8 @@ enable_tiled_na = _settings.enable_tiled_na
 disable_tiled_na = _settings.disable_tiled_na
 use_flex_attention = _settings.use_flex_attention
 force_flex_attention = _settings.force_flex_attention
+should_use_flex_attention = _settings.should_use_flex_attention
+should_force_flex_attention = _settings.should_force_flex_attention
 use_fna = use_fused_na
 is_fna_enabled = is_fused_na_enabled
 

@@ -17,8 +17,8 @@ class _Module(Module):
         dim: channels in and out.
         num_heads: attention heads.
         kernel_size: window, an int or one per axis.
-        dilation: an int or one per axis.
-        is_causal: a bool or one per axis.
+        dilation: an int or one per axis; None is 1.
+        is_causal: a bool or one per axis; None is False.
         rel_pos_bias: learn a relative position bias (parameter ``rpb``).
         qkv_bias: whether the query, key and value projection has a bias.
         qk_scale: factor on the scores; default ``head_dim ** -0.5``.
@@ -35,8 +35,8 @@ class _Module(Module):
         dim: int,
         num_heads: int,
         kernel_size: int | Sequence[int],
-        dilation: int | Sequence[int] = 1,
-        is_causal: bool | Sequence[bool] = False,
+        dilation: int | Sequence[int] | None = 1,
+        is_causal: bool | Sequence[bool] | None = False,
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,

@@ -1,4 +1,4 @@
-"""``natten.utils`` of 0.17: three arguments in, three tuples out, for there was no stride."""
+"""``natten.utils`` and ``natten.utils.checks`` of 0.17: three arguments in, three tuples out; there was no stride."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from nbhd.compat.natten.core.checks import (
     check_causal_arg,
     check_dilation_arg,
+    check_input_size_arg,
     check_kernel_size_arg,
     get_num_na_weights,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "check_all_args",
     "check_causal_arg",
     "check_dilation_arg",
+    "check_input_size_arg",
     "check_kernel_size_arg",
     "get_num_na_weights",
 ]

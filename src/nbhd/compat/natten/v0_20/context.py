@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-
 from nbhd.compat.natten.core.machine import (
     has_bfloat,
     has_cuda,
@@ -15,7 +13,7 @@ from nbhd.compat.natten.core.machine import (
     has_half,
     has_tf32_gemm,
 )
-from nbhd.compat.natten.core.settings import Settings
+from nbhd.compat.natten.core.settings import MemoryUsagePreference, Settings
 
 __all__ = [
     "MemoryUsagePreference",
@@ -72,11 +70,3 @@ class NattenContext:
     def reset() -> None:
         """All switches back to their defaults."""
         _settings.reset()
-
-
-class MemoryUsagePreference(enum.StrEnum):
-    """The three preferences; each equals its name as a string."""
-
-    Default = "default"
-    Strict = "strict"
-    Unrestricted = "unrestricted"

@@ -24,9 +24,9 @@ class NeighborhoodAttentionGeneric(Module):
         embed_dim: channels in and out.
         num_heads: attention heads.
         kernel_size: window, an int or one per axis.
-        stride: an int or one per axis.
-        dilation: an int or one per axis.
-        is_causal: a bool or one per axis.
+        stride: an int or one per axis; None is 1.
+        dilation: an int or one per axis; None is 1.
+        is_causal: a bool or one per axis; None is False.
         qkv_bias: whether the query, key and value projection has a bias.
         qk_scale: factor on the scores; default ``head_dim ** -0.5``.
         proj_drop: dropout on the output.
@@ -44,9 +44,9 @@ class NeighborhoodAttentionGeneric(Module):
         embed_dim: int | None = None,
         num_heads: int | None = None,
         kernel_size: int | Sequence[int] | None = None,
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        is_causal: bool | Sequence[bool] = False,
+        stride: int | Sequence[int] | None = 1,
+        dilation: int | Sequence[int] | None = 1,
+        is_causal: bool | Sequence[bool] | None = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
@@ -88,9 +88,9 @@ class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
         embed_dim: int | None = None,
         num_heads: int | None = None,
         kernel_size: int | Sequence[int] | None = None,
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        is_causal: bool | Sequence[bool] = False,
+        stride: int | Sequence[int] | None = 1,
+        dilation: int | Sequence[int] | None = 1,
+        is_causal: bool | Sequence[bool] | None = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
@@ -109,9 +109,9 @@ class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
         embed_dim: int | None = None,
         num_heads: int | None = None,
         kernel_size: int | Sequence[int] | None = None,
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        is_causal: bool | Sequence[bool] = False,
+        stride: int | Sequence[int] | None = 1,
+        dilation: int | Sequence[int] | None = 1,
+        is_causal: bool | Sequence[bool] | None = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
@@ -130,9 +130,9 @@ class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
         embed_dim: int | None = None,
         num_heads: int | None = None,
         kernel_size: int | Sequence[int] | None = None,
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        is_causal: bool | Sequence[bool] = False,
+        stride: int | Sequence[int] | None = 1,
+        dilation: int | Sequence[int] | None = 1,
+        is_causal: bool | Sequence[bool] | None = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
