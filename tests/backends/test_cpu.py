@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nbhd import geometry
 from nbhd.backends import cpu, reference
 from nbhd.geometry import Neighborhood
 
@@ -44,6 +45,7 @@ CASES = {
     "row-blocks": ((130, 20), 1, 1, 16, 16, (7, 7), (1, 1), (1, 1), (False, False)),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHORT = (torch.float32, torch.bfloat16, torch.float16)  # the truth of float64 is rounded itself
 NAMES = ("out", "lse", "d_query", "d_key", "d_value", "d_rel_pos_bias")
 
 
@@ -218,6 +220,74 @@ def test_large_scores_do_not_overflow():
     assert (out - truth).abs().mean() < 1e-2  # near ties may fall the other way
 
 
+def check_a_common_part(name, dtype, amplitude=1.0):
+    """Scores that are large, and a part that all products of values and gradients have in common: it must cancel."""
+    (query, key, value, bias), (d_out, d_lse), neighborhood = inputs(CASES[name], dtype)
+    arguments = (query * amplitude, key, value + 2, bias), (d_out + 2, d_lse), neighborhood
+    truth = run(reference, *arguments, torch.float64)
+    assert_as_exact(NAMES, run(cpu, *arguments), run(reference, *arguments), truth, dtype)
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 10.0])
+@pytest.mark.parametrize("dtype", SHORT, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", ["stage1", "window3", "causal-rows", "sequence-long-window"])
+def test_a_common_part_leaves_gradients_as_exact(name, dtype, amplitude):
+    check_a_common_part(name, dtype, amplitude)
+
+
+def test_scores_of_any_size_give_weights_that_add_up_to_one():
+    """The log-sum-exp of such scores is exact to thousands at best, and gradients are of weights all the same."""
+    (query, key, _, _), _, neighborhood = inputs(CASES["stage3"], torch.float32)
+    ones = torch.ones_like(query)
+    for size in (1e5, 1e8, 1e12, 1e20):
+        found = run(cpu, (query * size, key, ones, None), (ones, torch.zeros_like(ones[..., 0])), neighborhood)
+        assert torch.allclose(found[0], ones), size
+        assert torch.allclose(found[4].sum(), ones.sum(), rtol=1e-4), size  # d_value: each weight once
+
+
+@pytest.mark.parametrize("offset", ["lowest", "infinite", -1e31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", ["stage3", "causal-both-strided", "sequence-causal-strided"])
+def test_a_head_whose_bias_is_the_lowest_number(name, dtype, offset):
+    """Of equal scores all weights are equal, as large as they may be; without any score there is nothing to weigh."""
+    (query, key, value, bias), gradients, neighborhood = inputs(CASES[name], dtype)
+    bias[0] = {"lowest": torch.finfo(dtype).min, "infinite": -torch.inf}.get(offset, offset)
+    arguments = (query, key, value, bias), gradients, neighborhood
+    for what, found, expected in zip(NAMES, run(cpu, *arguments), run(reference, *arguments), strict=True):
+        assert torch.equal(found.isfinite(), expected.isfinite()), what
+        if what == "lse":  # in units of log2 the lowest number is less
+            found, expected = found[..., 1:], expected[..., 1:]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("length", [20, 24, 28])
+def test_lanes_without_a_query_leave_the_bias_gradient_alone(length):
+    """The last queries fill no vector, and what its other lanes hold may overflow."""
+    query, key, value = (torch.randn(1, length, 1, 4) for _ in range(3))
+    d_out, bias = torch.randn(1, length, 1, 4), torch.zeros(1, 3)
+    d_out[0, 16], value[0, 18:], value[0, 15:17], d_out[0, 17:] = 1e20, 1e20, 0.0, 1e-20
+    arguments = (query, key, value, bias), (d_out, torch.zeros(1, length, 1)), Neighborhood((2,), (1,), (1,), (False,))
+    found, expected = run(cpu, *arguments)[-1], run(reference, *arguments)[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_outlives_the_cache_of_its_tables(monkeypatch):
+    """Another thread may push them out of the cache after the call's numbers have been written."""
+    weights, value = torch.rand(1, 40, 1, 5), torch.randn(1, 40, 1, 8)
+    neighborhood = Neighborhood((5,), (1,), (1,), (False,))
+    before = cpu.weighted_sum(weights, value, neighborhood)
+    aligned, rubbish = cpu._aligned, []
+
+    def forgetting(tensor):
+        cpu._geometry.cache_clear()
+        geometry.axis_table.cache_clear()
+        rubbish.extend(torch.full((40,), -7) for _ in range(8))
+        return aligned(tensor)
+
+    monkeypatch.setattr(cpu, "_aligned", forgetting)
+    assert torch.equal(cpu.weighted_sum(weights, value, neighborhood), before)
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("readelf") is None, reason="there is no readelf to look into the library"
 )
@@ -244,11 +314,12 @@ OF_EACH_SET = ("stage3", "window-is-map", "even-window", "window13", "dilated-od
 @pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "baseline", "neon"])
 def test_each_instruction_set_is_as_exact(isa):
     program = (
-        "import sys; from tests.backends.test_cpu import DTYPES, OF_EACH_SET, check_attention, cpu\n"
+        "import sys; from tests.backends.test_cpu import *\n"
         "reason = cpu.why_unusable()\n"
         "if reason: print('none', reason); sys.exit()\n"
         "for name in OF_EACH_SET:\n"
         "    for dtype in DTYPES: check_attention(name, dtype, True)\n"
+        "    for dtype in SHORT: check_a_common_part(name, dtype)\n"
         "print(cpu.description().split(',')[0])"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -97,15 +97,18 @@ static void scatter_bias_row(const Problem &p, BackwardBuffers &f, const RowTile
 
 // Weights, score gradients and the bias gradient of query row r.
 static void softmax_gradient(const Problem &p, BackwardBuffers &f, const RowTile &t, const ColumnTile &c, int r,
-                             bool holes, Real *s, Real *d, Vec lse, Vec d_lse, int local_head, Real *d_bias) {
+                             bool holes, Real *s, Real *d, const RowLse &lse, int local_head, Real *d_bias) {
     const int slots = p.window();
     if (holes) fill_holes(s, t, r, c, p, nothing), fill_holes(d, t, r, c, p, Real(0));
-    const Vec shift = d_lse - weights_and_delta(s, d, slots, lse);
-    if (d_bias && f.bias.expanded)
+    RowGradient row = weights_and_delta(s, d, slots, holes, lse);
+    if (d_bias && f.bias.expanded) {
+        // the sums of plain tiles are of all lanes
+        if (!c.bias_set && c.n < lanes) clear_idle_lanes(s, d, slots, c.n, row);
         return for_each_bias_run(p, f, t, c, r, local_head, [&](int64_t at, int n, Real *sum) {
-            score_gradient_and_add(s + at, d + at, n, shift, sum);
+            score_gradients_and_add(s + at, d + at, n, row, sum);
         });
-    score_gradient(s, d, slots, shift);
+    }
+    score_gradients(s, d, slots, row);
     if (d_bias) scatter_bias_row(p, f, t, c, r, d, local_head, d_bias);
 }
 
@@ -194,14 +197,15 @@ static void backward_strip(const Problem &p, const BackwardViews<T> &v, Backward
                 unfused_row(p, v, f, t, c, r, holes, row_weights, row_d_scores, head, local_head, d_bias);
                 continue;
             }
-            Vec lse = splat(Real(1e30)), d_lse{}; // idle lanes: weights of zero
             const Real *l = v.lse.at(t.z, t.y + r, 0, head),
                        *dl = v.d_lse.data ? v.d_lse.at(t.z, t.y + r, 0, head) : nullptr;
+            RowLse lse{splat(l[c.x[0] * v.lse.x] * log2_e), Vec{}, false}; // idle lanes repeat the first query
             for (int i = 0; i < c.n; i++) {
-                lse[c.lane[i]] = l[c.x[i] * v.lse.x + c.head[i] * group * v.lse.head] * log2_e;
-                if (dl) d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x + c.head[i] * group * v.d_lse.head];
+                const Real one = l[c.x[i] * v.lse.x + c.head[i] * group * v.lse.head] * log2_e;
+                lse.lse[c.lane[i]] = one, lse.is_large |= !(one < largest_lse && one > -largest_lse);
+                if (dl) lse.d_lse[c.lane[i]] = dl[c.x[i] * v.d_lse.x + c.head[i] * group * v.d_lse.head];
             }
-            softmax_gradient(p, f, t, c, r, holes, row_weights, row_d_scores, lse, d_lse, local_head, d_bias);
+            softmax_gradient(p, f, t, c, r, holes, row_weights, row_d_scores, lse, local_head, d_bias);
         }
         WeightedSum s;
         s.weights = d_scores, s.weights_row = row_scores, s.step = p.axis[1].kernel * lanes;

@@ -8,6 +8,8 @@
 // The gradient is summed in the expanded form, for all images of a task, and folded into [head][row][column] once. Where the
 // expanded tables would be large (3D windows, long sequences), those gather and scatter tile by tile instead.
 #pragma once
+#include <limits>
+
 #include "block.h"
 #include "softmax.h"
 
@@ -72,6 +74,13 @@ static void expand_bias(const BiasTables &b, int table, int row, const ColumnTil
     }
 }
 
+// A finite bias stays finite: the most negative number is a customary way to switch a head's offset off.
+static Vec in_units(Vec bias, Real unit) {
+    const Vec most = splat(std::numeric_limits<Real>::max()), scaled = bias * splat(unit),
+              low = scaled < -most ? -most : scaled, both = low > most ? most : low;
+    return bias - bias == Vec{} ? both : scaled;
+}
+
 // Fills the tables for heads [head_begin, head_begin + heads), in the units of the scores.
 static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads, const ColumnTile *tiles,
                       int n_tiles) {
@@ -80,8 +89,8 @@ static void fill_bias(BiasTables &b, const Problem &p, int head_begin, int heads
     const Real *src = (const Real *)p.bias + head_begin * size;
     const Real unit = score_unit(p);
     int64_t i = 0;
-    for (; i + lanes <= heads * size; i += lanes) store(b.compact + i, load(src + i) * splat(unit));
-    for (; i < heads * size; i++) b.compact[i] = src[i] * unit;
+    for (; i + lanes <= heads * size; i += lanes) store(b.compact + i, in_units(load(src + i), unit));
+    for (; i < heads * size; i++) b.compact[i] = in_units(splat(src[i]), unit)[0];
     if (!b.expanded) return;
     for (int table = 0; table < b.tables(heads); table++)
         for (int i = 0; i < n_tiles; i++)

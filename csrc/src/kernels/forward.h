@@ -315,7 +315,7 @@ static Vec softmax_row(Real *scores, int slots, Vec m, const View<Real> &lse, co
                        const ColumnTile &c, int head, int group) {
     const Vec sum = exponentials(scores, slots, m);
     if (lse.data) {
-        const Vec l = (m + log2(sum)) * splat(ln_2);
+        const Vec l = m - m == Vec{} ? (m + log2(sum)) * splat(ln_2) : m; // of no scores, or of infinite ones
         Real *to = lse.at(t.z, t.y + r, 0, head);
         for (int i = 0; i < c.n; i++) to[c.x[i] * lse.x + c.head[i] * group * lse.head] = l[c.lane[i]];
     }
@@ -360,7 +360,7 @@ static void forward_strip(const Problem &p, const ForwardViews<T> &v, ForwardBuf
                 if (holes) fill_holes(scores, t, r, c, p, nothing), m = row_maximum(scores, slots);
                 store(f.normaliser + r * lanes, softmax_row(scores, slots, m, v.lse, t, r, c, head, group));
             } else if (p.part == Part::scores) {
-                if (holes) fill_holes(scores, t, r, c, p, -Real(__builtin_inf()));
+                if (holes) fill_holes(scores, t, r, c, p, nothing);
                 write_slots(scores, f.slot_order, slots, v.weights, t, r, c, head);
             } else {
                 read_slots(scores, f.slot_order, slots, v.read_weights, t, r, c, head);

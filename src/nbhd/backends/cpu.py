@@ -340,7 +340,9 @@ def _run(
 ) -> None:  # fmt: skip
     """A half: the geometry of these tensors; ``first`` and ``gradients`` are in the struct's order."""
     library = _library()
-    copies: list[Tensor] = []  # of what the library would not take; they live until the call is over
+    # the header points into the tables, which live until the call is over, whatever other threads do
+    header, _tables = _geometry(query.dtype, query.shape, key.shape[-2], value.shape[-1], neighborhood, scale)
+    copies: list[Tensor] = []  # of what the library would not take; they live as long
 
     def numbers_of(tensor: Tensor | None) -> tuple[int, ...]:
         if tensor is None:
@@ -355,7 +357,7 @@ def _run(
         return _TENSORS.pack(*numbers, 0, numbers_of(last)[0])
 
     status = entry(
-        _header(query, key, value, neighborhood, scale)
+        header
         + tensors(first, bias)
         + tensors(gradients, d_bias)
         + _THREADS.pack(library.parallel_for, torch.get_num_threads())
@@ -433,10 +435,6 @@ def _five(stride: tuple[int, ...]) -> tuple[int, ...]:
 
 def _tensor(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *_strides(tensor)
-
-
-def _header(query: Tensor, key: Tensor, value: Tensor, neighborhood: Neighborhood, scale: float) -> bytes:
-    return _geometry(query.dtype, query.shape, key.shape[-2], value.shape[-1], neighborhood, scale)[0]
 
 
 @functools.lru_cache(maxsize=256)
