@@ -133,7 +133,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return *gradients(d_out, d_lse, *ctx.saved_tensors, ctx.scale, ctx.is_causal), None, None
+        query, key, value = ctx.saved_tensors
+        return *gradients(d_out, d_lse, query, key, value, ctx.scale, ctx.is_causal), None, None
 
 
 def _over_groups(tensor: Tensor) -> Tensor:
