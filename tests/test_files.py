@@ -10,6 +10,7 @@ import typer
 
 from nbhd._files import write_whole
 from nbhd.cli._errors import INTERRUPTED, reporting
+from nbhd.errors import FileError
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -56,3 +57,34 @@ def test_an_interrupt_between_the_start_and_the_block_leaves_nothing(tmp_path: P
         begun()
     assert ended.value.exit_code == INTERRUPTED
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    target = tmp_path / ("\N{GRINNING FACE}" * 60 + ".json")
+    with write_whole(target, "w") as stream:
+        assert len(list(tmp_path.iterdir())) == 1
+        stream.write("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open files have no names here")
+@pytest.mark.parametrize("mode", ["w", "wb"])
+def test_a_pipe_is_written_to_by_the_name_it_has(mode: str) -> None:
+    """As /dev/stdout in a pipeline: a link to something that has no path."""
+    reader, writer = os.pipe()
+    try:
+        with write_whole(f"/dev/fd/{writer}", mode) as stream:
+            stream.write("whole" if mode == "w" else b"whole")
+        assert os.read(reader, 100) == b"whole"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+def test_a_full_device_is_named() -> None:
+    with (
+        pytest.raises(FileError, match="cannot write /dev/full: No space left on device"),
+        write_whole("/dev/full") as stream,
+    ):
+        stream.write(b"lost")

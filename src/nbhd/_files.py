@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -29,20 +30,23 @@ def write_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"mode must be 'wb' or 'w', got {mode!r}")
+    if is_special(path):
+        # A pipe or a device cannot be replaced by rename; there is nothing to protect either. Links are not resolved:
+        # what /dev/stdout points to may have no path.
+        with _named(path), open(path, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+        return
     # A link is followed, so that replacing the file does not replace the link.
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileError(f"cannot write {path}: the folder {target.parent} does not exist. Create it first.")
     if target.is_dir():
         raise FileError(f"cannot write {path}: it is a folder. Name a file.")
-    if target.exists() and not target.is_file():
-        # A pipe or a device cannot be replaced by rename; there is nothing to protect either.
-        with open(target, mode, encoding=None if "b" in mode else "utf-8") as stream:
-            yield stream
-        return
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     # Named first and created inside the block that removes it: an interrupt may come right behind the creation.
-    temporary = str(target.parent / f".{target.name[:64]}.{secrets.token_hex(8)}.part")
+    # File systems limit names in bytes, so the name is cut by bytes.
+    start = os.fsencode(target.name)[:64].decode("utf-8", "ignore")
+    temporary = str(target.parent / f".{start}.{secrets.token_hex(8)}.part")
     try:
         with os.fdopen(os.open(temporary, _CREATE, 0o600), mode, **text) as stream:  # type: ignore[call-overload]
             yield stream
@@ -57,6 +61,28 @@ def write_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         if isinstance(error, OSError) and not isinstance(error, FileError) and error.filename in (None, temporary):
             raise FileError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether this is there and neither a file nor a folder: a pipe, a socket or a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the output in an error of writing to it; a reader that went away is for the caller."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if isinstance(error, FileError) or error.filename not in (None, os.fspath(path)):
+            raise
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

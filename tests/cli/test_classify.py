@@ -19,7 +19,7 @@ from nbhd.tasks.classification import Classifier
 from tests.commands import nbhd
 from tests.files import as_ordinary_user
 from tests.pictures import bombs, encode, noise
-from tests.tiny import LABELS
+from tests.tiny import LABELS, write_classifier
 
 Run = Callable[..., Any]
 
@@ -351,6 +351,36 @@ def test_an_output_is_written_whole_or_not_at_all(classify: Run, photos: Path, m
         assert run.stderr == "nbhd: interrupted\n"
     assert Path("out.json").read_text() == "earlier"
     assert sorted(os.listdir(".")) == ["out.json", "photos"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_an_output(classify: Run, photos: Path) -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for written_as, start in (("json", b"[\n{"), ("csv", b"path,rank,"), (None, b"picture")):
+            run = classify("photos/d", "-k", 1, "-o", "pipe", *(("-f", written_as) if written_as else ()))
+            assert run.exit_code == 0, run.stderr
+            assert os.read(reader, 1 << 16).startswith(start)
+    finally:
+        os.close(reader)
+    assert sorted(os.listdir(".")) == ["photos", "pipe"]
+
+
+def test_a_device_needs_no_permission_for_its_folder(
+    classify: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert classify("photos/d", "-o", os.devnull).exit_code == 0
+
+
+def test_a_regressor_is_refused(photos: Path, tmp_path: Path) -> None:
+    write_classifier(tmp_path / "model", problem_type="regression")
+    run = nbhd("classify", "--model", "model", "--device", "cpu", "photos")
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert run.stderr.startswith(
+        "nbhd: the model model is a regressor (problem_type 'regression' in its configuration)"
+    )
 
 
 def test_a_fault_of_ours_is_called_one(classify: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 
 import pytest
@@ -47,6 +49,7 @@ def test_unknown_command() -> None:
         (RecipeError("optim.lr must be positive"), 2, "nbhd: optim.lr must be positive\n"),
         (FileError("a.jpg: cut short"), 1, "nbhd: a.jpg: cut short\n"),
         (OSError(28, "No space left on device", "out"), 1, "nbhd: out: No space left on device\n"),
+        (OSError(12, "Cannot allocate memory"), 1, "nbhd: Cannot allocate memory\n"),
         (KeyboardInterrupt(), 130, "nbhd: interrupted\n"),
         (BrokenPipeError(), 141, ""),
         (ValueError("\x1b[31mx"), 1, "nbhd: internal error: ValueError: \\x1b[31mx\n"),
@@ -73,3 +76,35 @@ def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert end.value.code == 0
     sys.stdout.close()
     sys.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["classify", "--help"], ["recipes", "keys"]])
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_a_full_disk_is_said_in_a_line(args: list[str], unbuffered: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | unbuffered
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "nbhd", *args],
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert (run.returncode, run.stderr) == (1, "nbhd: standard output: No space left on device\n")
+
+
+def test_debug_lets_errors_before_the_command_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["nbhd", "--debug", "--version"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+    monkeypatch.setattr(sys, "argv", ["nbhd", "--version"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1

@@ -138,6 +138,60 @@ def test_large_parquet_goes_through_the_cache_of_datasets(tmp_path: Path, monkey
     assert small.image_bytes(7) == same.image_bytes(7)
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["in memory", "large"])
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "images"])
+def test_large_and_small_files_take_the_same_columns(
+    kind: str, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        pytest.importorskip("datasets", reason="the train extra is not installed")
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets, "IN_MEMORY_PARQUET_BYTES", 0)
+    encoded = [encode(noise(), "PNG"), None, b""]
+    if kind in ("struct", "images"):
+        stored = pa.array([{"bytes": encoded[0], "path": "0.png"}, None, {"bytes": b"", "path": "2.png"}])
+    else:
+        stored = pa.array(encoded, type=getattr(pa, kind)())
+    table = pa.table({"image": stored, "label": [0, 1, 0]})
+    if kind == "images":
+        features = {"image": {"_type": "Image"}, "label": {"dtype": "int64", "_type": "Value"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "x.parquet")
+    images = open_images(tmp_path / "x.parquet", "train")
+    assert isinstance(images, datasets._HubImages) is large
+    assert images.decode(0).size == noise().size
+    with pytest.raises(FileError, match=r"x\.parquet row 1: the row holds no image bytes"):
+        images.decode(1)
+    with pytest.raises(FileError, match=r"x\.parquet row 2( \(2\.png\))?: no bytes"):
+        images.decode(2)
+
+
+@pytest.mark.parametrize("name", ["x.jfif", "x.JFIF", "x.jpe"])
+def test_every_ending_of_a_jpeg_is_taken(name: str, tmp_path: Path) -> None:
+    (write_folder(tmp_path, "cat", images=1) / "cat" / name).write_bytes(encode(noise(), "JPEG"))
+    assert len(open_images(tmp_path, "train")) == 2
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (write_folder(tmp_path, "cat", images=1) / "cat" / "1.png").symlink_to("gone.png")
+    table = open_images(tmp_path, "train")
+    decoded, rows, failures = decode_all(table, lambda image: image)
+    assert (len(decoded), rows.tolist()) == (1, [0])
+    assert failures == [f"{tmp_path}/cat/1.png: broken link to gone.png"]
+
+
+def test_a_picture_without_memory_for_it_is_a_failure_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> bytes:
+        raise MemoryError
+
+    table = open_images(write_parquet(tmp_path / "x.parquet", [0]), "train")
+    monkeypatch.setattr(type(table), "image_bytes", full)
+    with pytest.raises(FileError, match=r"row 0 \(0\.png\): not enough memory to read it"):
+        table.decode(0)
+
+
 def test_limit_takes_the_same_rows_of_all_classes() -> None:
     table = first_rows(open_images(IMAGENETTE48, "train"), 40)
     again = first_rows(open_images(IMAGENETTE48, "train"), 40)
@@ -163,6 +217,22 @@ def test_decoding_everything_keeps_sizes_and_names_what_fails(tmp_path: Path) ->
 def test_missing_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no such file or folder"):
         open_images(tmp_path / "nothing", "train")
+
+
+def test_no_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_folder(tmp_path, "cat", "dog"))
+    assert len(open_images(".", "train")) == 4
+    with pytest.raises(ArgumentError, match=r"data must be named, got ''"):
+        open_images("", "train")
+
+
+def test_damaged_large_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="the train extra is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "IN_MEMORY_PARQUET_BYTES", 0)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 nothing useful PAR1")
+    with pytest.raises(FileError, match=r"\(train\) cannot be read as parquet"):
+        open_images(tmp_path, "train")
 
 
 def test_hub_id_without_a_connection_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,23 @@ def test_strips_do_not_fill_the_memory(classifier: Classifier) -> None:
         assert [s.label for s in result.predictions] == [s.label for s in first]
 
 
+def test_a_picture_without_memory_for_it_does_not_disturb_the_others(tiny_model: Path, files: list[Path]) -> None:
+    classifier = Classifier(tiny_model, "cpu")
+    processor = classifier.processor
+
+    def full(images: Image.Image, **options: object) -> object:
+        if images.width == 91:
+            raise MemoryError
+        return processor(images=images, **options)
+
+    classifier.processor = full
+    assert [result.error for result in classifier.predict(files[:3])] == [
+        None,
+        "not enough memory to prepare it",
+        None,
+    ]
+
+
 def test_more_labels_than_there_are(classifier: Classifier, files: list[Path]) -> None:
     scores = classifier.predict(files[0], top_k=1000)[0].predictions
     assert sorted(score.label for score in scores) == sorted(LABELS)
@@ -201,6 +218,15 @@ def test_several_labels_may_be_true(tmp_path: Path, files: list[Path]) -> None:
     model = write_classifier(tmp_path / "model", problem_type="multi_label_classification")
     scores = Classifier(model, "cpu").predict(files[0], top_k=10)[0].predictions
     assert sum(score.probability for score in scores) > 1.5
+
+
+def test_a_regressor_has_no_labels(tmp_path: Path) -> None:
+    model = write_classifier(tmp_path / "model", problem_type="regression")
+    with pytest.raises(
+        ArgumentError, match=r"it has no labels to choose from. Call it in Python: Nat\w+\.from_pre"
+    ) as e:
+        Classifier(model, "cpu")
+    assert str(model) in str(e.value)
 
 
 def test_as_dict() -> None:

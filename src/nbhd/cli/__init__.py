@@ -102,4 +102,9 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (for the process's life)
-    app(prog_name="nbhd")
+    try:
+        # Help and version are written before a command begins.
+        with reporting(debug="--debug" in sys.argv[1:]):
+            app(prog_name="nbhd")
+    except typer.Exit as end:
+        sys.exit(end.exit_code)

@@ -1,16 +1,25 @@
-"""What a command says besides its results: notes and a progress bar, on standard error."""
+"""What a command says besides its results: notes and a progress bar, on standard error; and where its results go."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
 from typing import TypeVar
 
+from nbhd._files import is_special
 from nbhd._text import printable
+from nbhd.errors import ArgumentError
 
 T = TypeVar("T")
+F = TypeVar("F", bound=StrEnum)
+
+#: The format that an ending of --output says.
+BY_SUFFIX = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table"}
 
 #: A progress bar appears when the work has gone on for this long.
 PROGRESS_AFTER_S = 1.0
@@ -56,3 +65,40 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     finally:
         if shown:
             bar.stop()
+
+
+def choose_format(format: F | None, output: str | None, formats: type[F]) -> F:
+    """The format named, or said by the ending of the output; a table on the screen and in pipes and devices."""
+    known = {suffix: formats(name) for suffix, name in BY_SUFFIX.items() if name in list(formats)}
+    if format is not None:
+        return format
+    chosen = known.get(Path(output).suffix.lower()) if output is not None else None
+    if chosen is None and (output is None or is_special(output)):
+        return formats("table")
+    if chosen is None:
+        raise ArgumentError(
+            f"--output {output}: its ending does not say in which format. Give --format {'|'.join(formats)}"
+            f" or an ending of {', '.join(known)}."
+        )
+    return chosen
+
+
+def check_output(output: str) -> None:
+    """Refuse an output that cannot be written, before any work is done."""
+    folder = Path(output).parent
+    if os.path.isdir(output):
+        raise ArgumentError(f"--output {output}: this is a folder. Name a file in it.")
+    if is_special(output):  # written to as it is, so that its folder does not matter
+        return
+    if not folder.is_dir():
+        raise ArgumentError(f"--output {output}: the folder {folder} does not exist. Create it first.")
+    if not os.access(folder, os.W_OK):
+        raise ArgumentError(f"--output {output}: no permission to write in {folder}.")
+
+
+def same_file(first: str, second: str) -> bool:
+    """Whether two names are of one file that is there."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return False

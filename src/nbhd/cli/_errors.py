@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import typer
 
@@ -16,6 +17,7 @@ from nbhd.errors import FileError, NbhdError
 SOME_INPUTS_FAILED = 1
 WRONG_CALL = 2
 INTERRUPTED = 130
+STDOUT = "standard output"
 BROKEN_PIPE = 141  # as a shell reports a program ended by SIGPIPE
 
 
@@ -23,9 +25,11 @@ BROKEN_PIPE = 141  # as a shell reports a program ended by SIGPIPE
 def reporting(debug: bool) -> Iterator[None]:
     """Turn exceptions into a line on standard error and an exit status; with ``debug`` let them through."""
     try:
-        yield
-        # Buffered results meet a full disk or a closed pipe here, where it can be said, and not at interpreter exit.
-        sys.stdout.flush()
+        with _stdout_named():
+            yield
+            # Buffered results meet a full disk or a closed pipe here, where it can be said, and not at interpreter
+            # exit.
+            sys.stdout.flush()
     except KeyboardInterrupt as error:
         # After an interrupt between the start of a `with` and its block, only the traceback's frames hold what began.
         # Let go, it ends as it should: files that are not whole are removed.
@@ -50,8 +54,9 @@ def reporting(debug: bool) -> Iterator[None]:
     except OSError as error:
         if debug:
             raise
-        _silence_stdout()
-        note(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        if error.filename == STDOUT:
+            _silence_stdout()
+        note(f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error))
         raise typer.Exit(SOME_INPUTS_FAILED) from None
     except Exception as error:
         # Ways to end that are the command line's own (a wrong option, an exit status) pass.
@@ -60,6 +65,31 @@ def reporting(debug: bool) -> Iterator[None]:
         note(f"internal error: {type(error).__name__}: {error}")
         note("this is a fault of nbhd; `nbhd --debug ...` prints the traceback, please report it")
         raise typer.Exit(SOME_INPUTS_FAILED) from None
+
+
+@contextlib.contextmanager
+def _stdout_named() -> Iterator[None]:
+    """Put the name of standard output into the errors of writing to it, which have none of their own."""
+
+    def named(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            try:
+                return method(*args)
+            except OSError as error:
+                error.filename = STDOUT
+                raise
+
+        return call
+
+    stream: Any = sys.stdout
+    if "write" in vars(stream):  # further out already
+        yield
+        return
+    stream.write, stream.flush = named(stream.write), named(stream.flush)
+    try:
+        yield
+    finally:
+        del stream.write, stream.flush
 
 
 def _silence_stdout() -> None:

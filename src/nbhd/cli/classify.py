@@ -8,13 +8,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nbhd._text import printable, width
-from nbhd.cli._console import note, track
+from nbhd.cli._console import check_output, choose_format, note, same_file, track
 from nbhd.cli._errors import SOME_INPUTS_FAILED
 from nbhd.errors import ArgumentError
 
@@ -39,9 +38,6 @@ class Runtime(StrEnum):
     onnx = "onnx"
     torch_export = "torch-export"
     aoti = "aoti"
-
-
-_BY_SUFFIX = {".json": Format.json, ".csv": Format.csv, ".parquet": Format.parquet, ".txt": Format.table}
 
 
 def classify(
@@ -92,13 +88,16 @@ def classify(
     _check_runtime(runtime, model)
     if output == "-":
         output = None
-    written_as = _choose_format(format, output)
+    if output is None and format is Format.parquet:
+        raise ArgumentError("--format parquet goes into a file. Give --output FILE.")
+    written_as = choose_format(format, output, Format)
 
     from nbhd.tasks.inputs import find_inputs, without_duplicates
 
     inputs, repeated = without_duplicates(find_inputs(paths))
     if output is not None:
-        inputs = _check_output(output, inputs)
+        check_output(output)
+        inputs = _without_output(output, inputs)
     if repeated:
         note(f"{repeated} file{' is' if repeated == 1 else 's are'} named more than once; each is classified once")
 
@@ -138,48 +137,20 @@ def _check_runtime(runtime: Runtime | None, model: str | None) -> None:
         raise ArgumentError(f"--runtime {runtime} runs exported files, not {named}. {_HOW.format(runtime)}")
 
 
-def _choose_format(format: Format | None, output: str | None) -> Format:
-    if output is None:
-        if format is Format.parquet:
-            raise ArgumentError("--format parquet goes into a file. Give --output FILE.")
-        return format or Format.table
-    chosen = format or _BY_SUFFIX.get(Path(output).suffix.lower())
-    if chosen is None:
-        raise ArgumentError(
-            f"--output {output}: its ending does not say in which format. Give --format {'|'.join(Format)}"
-            f" or an ending of {', '.join(_BY_SUFFIX)}."
-        )
-    return chosen
-
-
-def _check_output(output: str, inputs: list[Input]) -> list[Input]:
-    """Refuse an output that cannot be written or would replace an input, before any work is done.
+def _without_output(output: str, inputs: list[Input]) -> list[Input]:
+    """Refuse an output that would replace an input.
 
     Results that an earlier run left in a folder that is searched are no input: they are taken out.
     """
-    folder = Path(output).parent
-    if not folder.is_dir():
-        raise ArgumentError(f"--output {output}: the folder {folder} does not exist. Create it first.")
-    if os.path.isdir(output):
-        raise ArgumentError(f"--output {output}: this is a folder. Name a file in it.")
-    if not os.access(folder, os.W_OK):
-        raise ArgumentError(f"--output {output}: no permission to write in {folder}.")
     if not os.path.exists(output):
         return inputs
 
     from nbhd.tasks.images import is_image
 
-    same = [item for item in inputs if item.error is None and _same_file(item.path, output)]
+    same = [item for item in inputs if item.error is None and same_file(item.path, output)]
     if any(item.named or is_image(item.path) for item in same):
         raise ArgumentError(f"--output {output}: this is one of the inputs and would be lost. Name another file.")
     return [item for item in inputs if item not in same] if same else inputs
-
-
-def _same_file(first: str, second: str) -> bool:
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nbhd._text import pad, printable, width
-from nbhd.cli._console import note, track
+from nbhd.cli._console import check_output, choose_format, note, same_file, track
 from nbhd.cli._errors import SOME_INPUTS_FAILED
 from nbhd.cli._threads import let_others_run
-from nbhd.errors import FileError
+from nbhd.errors import ArgumentError
 
 if TYPE_CHECKING:
     from nbhd.tasks.classification.evaluate import Evaluation
@@ -52,34 +51,44 @@ def evaluate(
         Format | None, typer.Option("--format", "-f", help="By default what the ending of --output says, or table.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the results here, whole or not at all.")
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the results here, whole or not at all.")
     ] = None,
 ) -> None:
     r"""Measure an image classifier on labelled pictures.
 
     Gives top-1 and top-5 accuracy, the cross-entropy in nats, and for each class the accuracy, the precision and what
     it is most often taken for; as JSON the confusion matrix too. The pictures go through the model's own image
-    processor. One that cannot be decoded is named on standard error and left out, and the exit status is then 1.
+    processor. One that cannot be decoded, or for which the model's answer is not a number, is named on standard error
+    and left out, and the exit status is then 1.
 
     \b
     Examples:
       nbhd evaluate --data imagenette128/
       nbhd evaluate --model runs/1 --data photos/ --split test --format json > results.json
     """
+    if output == "-":
+        output = None
+    as_json = choose_format(format, output, Format) is Format.json
+    if output is not None:
+        check_output(output)
+        if any(same_file(output, name) for name in (data, model) if name is not None):
+            raise ArgumentError(f"--output {output}: this is one of the inputs and would be lost. Name another file.")
+
     let_others_run()
     from transformers.utils import logging as transformers_logging
 
     from nbhd._files import write_whole
     from nbhd.tasks.checkpoints import device_for, load_classifier
-    from nbhd.tasks.classification.evaluate import evaluate_images, open_for_model
-    from nbhd.tasks.datasets import first_rows
+    from nbhd.tasks.classification.evaluate import check_measurable, evaluate_images, open_for_model
+    from nbhd.tasks.datasets import check_source, first_rows, is_missing
 
-    as_json = format is Format.json or (format is None and output is not None and output.suffix == ".json")
-    if output is not None and not output.parent.is_dir():
-        raise FileError(f"--output {output}: the folder {output.parent} does not exist. Create it first.")
+    check_source(data)
+    if is_missing(data):
+        raise ArgumentError(f"--data {data}: no such file or folder. Name a parquet file, a folder or a hub id.")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     loaded = load_classifier(model, device_for(model, device))
+    check_measurable(loaded)
     table = open_for_model(loaded, data, split, image_column=image_column, label_column=label_column)
     result = evaluate_images(
         loaded,
@@ -89,7 +98,10 @@ def evaluate(
     )
     for failure in result.failures:
         note(f"skipped: {failure}")
-    text = json.dumps(result.summary(), indent=2, ensure_ascii=False) + "\n" if as_json else _table(result)
+    if as_json:
+        text = json.dumps(result.summary(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    else:
+        text = _table(result)
     if output is None:
         sys.stdout.write(text)
     else:

@@ -106,6 +106,17 @@ def load_classifier(model: str | os.PathLike[str] | None, device: torch.device) 
     return Loaded(network.to(device).eval(), load_processor(folder, named), folder)
 
 
+def check_has_labels(loaded: Loaded) -> None:
+    """Raise `ArgumentError` for a model whose outputs are quantities, which nothing can be chosen from."""
+    network = loaded.model
+    if network.config.problem_type == "regression":
+        raise ArgumentError(
+            f"the model {loaded.source} is a regressor (problem_type 'regression' in its configuration): it has no"
+            " labels to choose from. Call it in Python:"
+            f" {type(network).__name__}.from_pretrained({str(loaded.source)!r})(pixel_values=...).logits"
+        )
+
+
 def _exported(path: Path) -> Loaded:
     from nbhd.export.runtime import open_exported
 

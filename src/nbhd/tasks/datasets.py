@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nbhd.errors import FileError, MissingExtra
+from nbhd.errors import ArgumentError, FileError, MissingExtra
 from nbhd.tasks.images import decode_image
-from nbhd.tasks.labels import number_labels, some
+from nbhd.tasks.labels import number_labels, number_names
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2", ".jfif", ".jpe",
+)  # fmt: skip
 SPLIT_ALIASES = {
     "validation": ("validation", "valid", "val", "eval"),
     "train": ("train", "training"),
     "test": ("test",),
 }
+NO_BYTES = "the row holds no image bytes"
 IN_MEMORY_PARQUET_BYTES = 2 << 30  # more than this goes through the memory-mapped cache of `datasets`
 
 
@@ -49,6 +52,8 @@ class ImageTable(ABC):
         """The image of a row, upright RGB; raises `FileError` naming it if it cannot be decoded."""
         try:
             return decode_image(self.image_bytes(row))
+        except MemoryError as error:
+            raise FileError(f"{self.name(row)}: not enough memory to read it") from error
         except (OSError, ValueError) as error:
             raise FileError(f"{self.name(row)}: {getattr(error, 'reason', None) or _one_line(error)}") from error
 
@@ -94,9 +99,12 @@ def open_images(
         class_names: names that text labels and class folders are numbered by; default: those of the source, sorted.
 
     Raises:
-        FileError: nothing there, no such split, no images, no such column.
+        ArgumentError: ``source`` is empty.
+        FileError: nothing there, no such split, no images, no such column; `OtherClasses`, a kind of it: the source's
+            names are not among ``class_names``.
         MissingExtra: hub data sets, and parquet files too large for memory, without the ``train`` extra.
     """
+    check_source(source)
     path = Path(source)
     if path.is_file():
         if path.suffix != ".parquet":
@@ -109,9 +117,22 @@ def open_images(
         if splits:
             raise FileError(f"{source} has no split {split!r}. It has: {', '.join(splits)}.")
         return _FolderImages(path, split, class_names)
-    if _looks_like_path(str(source)):
+    if is_missing(source):
         raise FileError(f"{source}: no such file or folder")
     return _open_hub(str(source), split, image_column, label_column, class_names)
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Raise `ArgumentError` for an empty name, which would mean the current folder."""
+    if not os.fspath(source):
+        raise ArgumentError(
+            "data must be named, got ''. Name a parquet file, a folder or a hub id; the current folder is '.'."
+        )
+
+
+def is_missing(source: str | os.PathLike[str]) -> bool:
+    """Whether nothing of this name is here, and it is no hub id either."""
+    return not Path(source).exists() and _looks_like_path(str(source))
 
 
 def _looks_like_path(text: str) -> bool:
@@ -151,7 +172,10 @@ def _open_parquet(
 
     if sum(file.stat().st_size for file in files) > IN_MEMORY_PARQUET_BYTES:
         datasets = _import_datasets()
-        table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        try:
+            table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        except Exception as error:  # datasets wraps pyarrow's errors in kinds of its own
+            raise FileError(f"{where} cannot be read as parquet: {_one_line(error)}") from error
         return _HubImages(table, where, image_column, label_column, class_names)
     tables = []
     for file in files:
@@ -213,7 +237,7 @@ class _ParquetImages(ImageTable):
     def image_bytes(self, row: int) -> bytes:
         data = self._bytes[row].as_py()
         if data is None:
-            raise FileError("the row holds no image bytes")
+            raise FileError(NO_BYTES)
         return bytes(data)
 
     def name(self, row: int) -> str:
@@ -265,13 +289,7 @@ class _FolderImages(ImageTable):
                 f"class with image files in it ({', '.join(IMAGE_SUFFIXES[:4])}, ...)."
             )
         self.class_names = list(class_names) if class_names is not None else found
-        unknown = sorted(set(found) - set(self.class_names))
-        if unknown:
-            raise FileError(
-                f"{base}: folders {some(unknown)} are not among the {len(self.class_names)} classes: "
-                f"{some(self.class_names)}"
-            )
-        number = {name: i for i, name in enumerate(self.class_names)}
+        number = dict(zip(found, number_names(found, self.class_names, f"{base}: folders"), strict=True))
         self._files = [file for name in found for file in files[name]]
         self.labels = np.array([number[name] for name in found for _ in files[name]], dtype=np.int64)
 
@@ -281,12 +299,18 @@ class _FolderImages(ImageTable):
     def image_bytes(self, row: int) -> bytes:
         return self._files[row].read_bytes()
 
+    def decode(self, row: int) -> Image.Image:
+        return decode_image(self._files[row])  # by its path, so that the reason speaks of the file
+
     def name(self, row: int) -> str:
         return str(self._files[row])
 
 
 def _is_image_name(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    """Whether it is named as an image; a link to nothing is one that cannot be read, not one that is not there."""
+    if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
+        return False
+    return file.is_file() or (file.is_symlink() and not file.exists())
 
 
 # ------------------------------------------------------------------------------------------------------------ hub
@@ -314,6 +338,9 @@ def _open_hub(
     return _HubImages(table, f"{name} ({split})", image_column, label_column, class_names)
 
 
+_BINARY = ("binary", "large_binary")  # types of columns of plain bytes
+
+
 class _HubImages(ImageTable):
     """A `datasets.Dataset`: memory-mapped, any size."""
 
@@ -326,9 +353,14 @@ class _HubImages(ImageTable):
             raise FileError(f"{where} has no rows")
         _check_columns(table.column_names, image_column, label_column, where)
         feature = table.features[image_column]
-        if not isinstance(feature, datasets.Image):
+        if isinstance(feature, dict):  # a struct that is not declared as images
+            if "bytes" not in feature:
+                raise FileError(f"{where}: column {image_column!r} has no field 'bytes', only {', '.join(feature)}")
+        elif not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in _BINARY:
             raise FileError(f"{where}: column {image_column!r} holds {feature}, not images")
-        self._images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self._images = table.select_columns([image_column])
+        if isinstance(feature, datasets.Image):
+            self._images = self._images.cast_column(image_column, datasets.Image(decode=False))
         self._column = image_column
         declared = getattr(table.features[label_column], "names", None)
         raw = list(table[label_column])
@@ -338,13 +370,20 @@ class _HubImages(ImageTable):
         return len(self._images)
 
     def image_bytes(self, row: int) -> bytes:
-        stored = self._images[row][self._column]
-        if stored["bytes"] is not None:
+        stored = self._stored(row)
+        if stored.get("bytes") is not None:
             return bytes(stored["bytes"])
+        if not stored.get("path"):
+            raise FileError(NO_BYTES)
         return Path(stored["path"]).read_bytes()
 
+    def _stored(self, row: int) -> dict[str, Any]:
+        """The bytes of an image, or the path of its file, or neither."""
+        stored = self._images[row][self._column]
+        return stored if isinstance(stored, dict) else {"bytes": stored}
+
     def name(self, row: int) -> str:
-        path = self._images[row][self._column].get("path")
+        path = self._stored(row).get("path")
         return f"{self.where} row {row}" + (f" ({path})" if path else "")
 
 

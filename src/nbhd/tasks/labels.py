@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,23 @@ from nbhd.errors import ArgumentError, FileError
 
 if TYPE_CHECKING:
     from nbhd.tasks.datasets import ImageTable
+
+
+#: Numbers without names may go up to this, or to so many times as many as there are different ones; others are ids.
+MOST_UNNAMED = 100_000
+MOST_GAPS = 100
+
+
+class OtherClasses(FileError):
+    """The data's classes are not those it was to be numbered by.
+
+    Attributes:
+        numbered: whether the data has numbers of its own, and not names alone.
+    """
+
+    def __init__(self, message: str, numbered: bool = False) -> None:
+        super().__init__(message)
+        self.numbered = numbered
 
 
 def number_labels(
@@ -26,34 +42,51 @@ def number_labels(
         where, column: for messages.
 
     Raises:
-        FileError: a label is missing, of another kind, or not among the classes.
+        FileError: a label is missing, of another kind, or not among the classes (`OtherClasses`: by its name).
     """
     missing = next((row for row, label in enumerate(raw) if label is None), None)
     if missing is not None:
         raise FileError(f"{where}: row {missing} has no label in column {column!r}")
     if all(isinstance(label, str) for label in raw):
         names = list(wanted) if wanted is not None else list(declared or sorted(set(raw)))
-        number = {name: i for i, name in enumerate(names)}
-        unknown = sorted(set(raw) - set(names))
-        if unknown:
-            raise FileError(f"{where}: labels {some(unknown)} are not among the {len(names)} classes: {some(names)}")
-        return np.array([number[label] for label in raw], dtype=np.int64), names
+        return number_names(raw, names, f"{where}: labels"), names
     if not all(isinstance(label, int) for label in raw):
         kinds = sorted({type(label).__name__ for label in raw})
         raise FileError(f"{where}: column {column!r} must hold class numbers or names, got {', '.join(kinds)}")
-    labels = np.array(raw, dtype=np.int64)
-    names = list(declared or wanted or [str(i) for i in range(int(labels.max()) + 1)])
-    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(bad):
+    names = list(declared or wanted or _unnamed(raw, where, column))
+    bad = next((row for row, label in enumerate(raw) if not 0 <= label < len(names)), None)
+    if bad is not None:
         raise FileError(
-            f"{where}: row {bad[0]} has label {labels[bad[0]]}, outside the {len(names)} classes 0..{len(names) - 1}"
+            f"{where}: row {bad} has label {raw[bad]}, outside the {len(names)} classes 0..{len(names) - 1}"
         )
+    labels = np.array(raw, dtype=np.int64)
     if wanted is not None and declared is not None and list(wanted) != list(declared):
         if sorted(wanted) != sorted(declared):
-            raise FileError(f"{where} has the classes {some(declared)}, expected {some(wanted)}")
+            raise OtherClasses(f"{where} has the classes {some(declared)}, expected {some(wanted)}", numbered=True)
         order = np.array([list(wanted).index(name) for name in declared])
         return order[labels], list(wanted)
     return labels, names
+
+
+def number_names(found: Sequence[str], names: Sequence[str], what: str) -> np.ndarray:
+    """The place ``[N]`` of each of ``found`` in ``names``; raises `OtherClasses` if one is not there."""
+    number = {name: i for i, name in enumerate(names)}
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        message = f"{what} {some(unknown)} are not among the {len(names)} classes: {some(names)}"
+        raise OtherClasses(message)
+    return np.array([number[name] for name in found], dtype=np.int64)
+
+
+def _unnamed(raw: Sequence[int], where: str, column: str) -> list[str]:
+    """Names of classes that have only numbers, up to the highest."""
+    highest, different = max(raw), len(set(raw))
+    if highest > max(MOST_UNNAMED, MOST_GAPS * different):
+        raise FileError(
+            f"{where}: column {column!r} has {different} different numbers, up to {highest}: they are ids, not class"
+            " numbers. Number the classes 0, 1, ..., or store the ids as text, which makes them class names."
+        )
+    return numbers(max(highest, 0) + 1)
 
 
 def check_labels_fit(table: ImageTable, model_classes: Sequence[str], model: str) -> None:
@@ -78,8 +111,14 @@ def check_labels_fit(table: ImageTable, model_classes: Sequence[str], model: str
 
 
 def only_numbers(names: Sequence[str]) -> bool:
-    """Whether classes have no names but numbers: ``0``, ``1``, ... or ``LABEL_0``, ...."""
-    return all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names)
+    """Whether classes have no names but their numbers: ``0``, ``1``, ... or ``LABEL_0``, ``LABEL_1``, ... in order."""
+    plain = numbers(len(names))
+    return list(names) == plain or list(names) == [f"LABEL_{number}" for number in plain]
+
+
+def numbers(count: int) -> list[str]:
+    """``0``, ``1``, ..., the names of ``count`` classes without names."""
+    return [str(i) for i in range(count)]
 
 
 def some(names: Sequence[str], most: int = 6) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from nbhd.errors import FileError
-from nbhd.tasks.checkpoints import Loaded
+from nbhd.errors import ArgumentError, CheckpointError, FileError
+from nbhd.tasks.checkpoints import Loaded, check_has_labels
+from nbhd.tasks.classification.predict import NO_ANSWER, answer, of_one_shape, to_pixels
 from nbhd.tasks.datasets import ImageTable, open_images
-from nbhd.tasks.labels import check_labels_fit, only_numbers
+from nbhd.tasks.images import ImageError
+from nbhd.tasks.labels import OtherClasses, check_labels_fit, numbers, only_numbers, some
 
-Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor, list[str]]  # [B, 3, X, Y], [B] class numbers, failures
+Batch: TypeAlias = list[torch.Tensor | str]  # of each row [3, X, Y], or why it cannot be read
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Evaluation:
     top5_hits: int
     loss_sum: float  # nats
     seconds: float = 0.0
-    failures: list[str] = field(default_factory=list)  # a message for each image that could not be decoded
+    failures: list[str] = field(default_factory=list)  # a message for each image without an answer
 
     @property
     def images(self) -> int:
@@ -82,11 +85,11 @@ class Evaluation:
         return rows
 
     def summary(self) -> dict[str, Any]:
-        """Everything as plain values for JSON."""
+        """Everything as plain values for JSON; the loss is None where the model rules out what is true."""
         return {
             "top1": self.top1,
             "top5": self.top5,
-            "loss": self.loss,
+            "loss": self.loss if math.isfinite(self.loss) else None,
             "images": self.images,
             "skipped": len(self.failures),
             "seconds": round(self.seconds, 2),
@@ -103,9 +106,48 @@ def class_names(loaded: Loaded) -> list[str]:
 
 
 def open_for_model(loaded: Loaded, source: str | os.PathLike[str], split: str, **columns: str) -> ImageTable:
-    """Open data (`open_images`) with its classes numbered by name as the model's, if the model's have names."""
+    """Open data (`open_images`) with its classes numbered by name as the model's.
+
+    A model whose classes have no names but numbers takes the data's numbering, if the data has as many classes.
+
+    Raises:
+        FileError: as of `open_images`; or a class of the data is none of the model's.
+    """
     names = class_names(loaded)
-    return open_images(source, split, class_names=None if only_numbers(names) else names, **columns)
+    try:
+        return open_images(source, split, class_names=names, **columns)
+    except OtherClasses as error:
+        if not only_numbers(names):
+            raise
+        other = error
+    table = open_images(source, split, **columns)
+    if other.numbered:
+        return table
+    found, plain = table.class_names, numbers(len(names))
+    if names != plain and set(found) <= set(plain):  # the numbers of LABEL_0, LABEL_1, ...
+        return open_images(source, split, class_names=plain, **columns)
+    if names == plain and all(name.isdecimal() for name in found):
+        raise other
+    if len(found) != len(names):
+        raise FileError(
+            f"{table.where} has the classes {some(found)}, but the model {loaded.source} names its {len(names)} classes"
+            f" {some(names, 2)}: which of them is {found[0]!r} cannot be told. Name them in the model's config.json"
+            " (id2label and label2id)."
+        )
+    return table
+
+
+def check_measurable(loaded: Loaded) -> None:
+    """Raise `ArgumentError` unless the model chooses one of several labels, which is what accuracy is measured of."""
+    check_has_labels(loaded)
+    config = loaded.model.config
+    if config.num_labels == 1 or config.problem_type == "multi_label_classification":
+        kind = "has one label" if config.num_labels == 1 else "gives a picture any number of labels"
+        raise ArgumentError(
+            f"the model {loaded.source} {kind} (num_labels {config.num_labels}, problem_type {config.problem_type!r}):"
+            " top-1 accuracy and cross-entropy are of models that choose one label of several. Measure it in Python,"
+            " from the probabilities of nbhd.tasks.classification.Classifier."
+        )
 
 
 def evaluate_images(
@@ -117,6 +159,8 @@ def evaluate_images(
 ) -> Evaluation:
     """Run a model over all images of a table with its own image processor.
 
+    An image that cannot be decoded, or for which the model's answer is not a number, is left out and named.
+
     Args:
         loaded: of `load_classifier`.
         table: images and labels, numbered as the model's classes (`open_for_model`).
@@ -124,24 +168,36 @@ def evaluate_images(
         track: given the batches and their number, gives them on; for a progress bar.
 
     Raises:
-        ArgumentError: the data's classes are not the model's.
+        ArgumentError: the data's classes are not the model's, or the model is not one that chooses a label.
         FileError: no image can be decoded.
+        CheckpointError: the model answers with numbers for none of them.
     """
-    network, names = loaded.model, class_names(loaded)
+    check_measurable(loaded)
+    names = class_names(loaded)
     check_labels_fit(table, names, str(loaded.source))
     confusion = np.zeros((len(names), len(names)), dtype=np.int64)
     result = Evaluation(names, confusion, 0, 0.0)
     start = time.perf_counter()
-    for pixels, labels, failures in track(_batches(table, loaded.processor, batch_size), -(-len(table) // batch_size)):
-        result.failures += failures
-        if not len(labels):
-            continue
-        with torch.inference_mode():
-            logits = network(pixel_values=pixels.to(network.device, network.dtype)).logits.float().cpu()
-        result.loss_sum += float(cross_entropy(logits, labels, reduction="sum"))
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        result.top5_hits += int((top == labels[:, None]).any(1).sum())
-        np.add.at(confusion, (labels.numpy(), top[:, 0].numpy()), 1)
+    first = unanswered = 0
+    for batch in track(_batches(table, loaded.processor, batch_size), -(-len(table) // batch_size)):
+        result.failures += [item for item in batch if isinstance(item, str)]
+        for members in of_one_shape(batch):
+            logits = answer(loaded.model, [batch[i] for i in members])
+            rows = np.array(members) + first
+            finite = logits.softmax(-1).isfinite().all(-1)
+            unanswered += int((~finite).sum())
+            result.failures += [f"{table.name(int(row))}: {NO_ANSWER}" for row in rows[~finite.numpy()]]
+            logits, labels = logits[finite], torch.from_numpy(table.labels[rows[finite.numpy()]])
+            result.loss_sum += float(cross_entropy(logits, labels, reduction="sum"))
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            result.top5_hits += int((top == labels[:, None]).any(1).sum())
+            np.add.at(confusion, (labels.numpy(), top[:, 0].numpy()), 1)
+        first += len(batch)
+    if not result.images and unanswered:
+        raise CheckpointError(
+            f"the model {loaded.source} answers none of {unanswered} pictures of {table.where} with numbers: it has bad"
+            " weights, or they overflow in its dtype. Train it again, or name another."
+        )
     if not result.images:
         raise FileError(f"{table.where}: none of the images can be decoded. The first: {result.failures[0]}")
     result.seconds = time.perf_counter() - start
@@ -153,9 +209,13 @@ def _batches(table: ImageTable, processor: Any, batch_size: int) -> Iterator[Bat
 
     def load(row: int) -> torch.Tensor | str:
         try:
-            return processor(table.decode(row), return_tensors="pt")["pixel_values"][0]  # type: ignore[no-any-return]
+            image = table.decode(row)
         except FileError as error:
             return str(error)
+        try:
+            return to_pixels(processor, image)
+        except ImageError as error:
+            return f"{table.name(row)}: {error.reason}"
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         starts = list(range(0, len(table), batch_size))
@@ -163,14 +223,9 @@ def _batches(table: ImageTable, processor: Any, batch_size: int) -> Iterator[Bat
             [pool.submit(load, row) for row in range(start, min(start + batch_size, len(table)))]
             for start in starts[:2]
         ]
-        for number, start in enumerate(starts):
-            loaded = [future.result() for future in ahead.pop(0)]
+        for number in range(len(starts)):
+            batch = [future.result() for future in ahead.pop(0)]
             if number + 2 < len(starts):
                 nxt = starts[number + 2]
                 ahead.append([pool.submit(load, row) for row in range(nxt, min(nxt + batch_size, len(table)))])
-            good = [i for i, item in enumerate(loaded) if not isinstance(item, str)]
-            pixels = (
-                torch.stack([item for item in loaded if isinstance(item, torch.Tensor)]) if good else torch.empty(0)
-            )
-            labels = torch.from_numpy(table.labels[[start + i for i in good]])
-            yield pixels, labels, [item for item in loaded if isinstance(item, str)]
+            yield batch

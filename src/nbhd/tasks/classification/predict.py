@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from nbhd.errors import ArgumentError, NbhdError
-from nbhd.tasks.checkpoints import device_for, load_classifier
+from nbhd.tasks.checkpoints import check_has_labels, device_for, load_classifier
 from nbhd.tasks.classification.results import Classification, Score
 from nbhd.tasks.images import ImageError, decode_image
 from nbhd.tasks.inputs import Input
@@ -34,6 +34,9 @@ BATCH_SIZE_ELSEWHERE = 64
 #: Pictures are decoded no smaller than this many times what the model looks at, as Pillow's thumbnails are by default
 #: (``reducing_gap``). Probabilities change by less than 1e-4 (a 12 megapixel JPEG, against decoding it in full).
 OVERSAMPLING = 2
+
+#: Why a picture has no labels though it could be read.
+NO_ANSWER = "the model's answer is not a number (overflow in its dtype, or bad weights)"
 
 #: Longest side in short sides that a resize to a shortest edge may see; a 1 x 60000 strip would become 256 x 15
 #: million.
@@ -50,7 +53,7 @@ class Classifier:
 
     Raises:
         CheckpointError: the model cannot be loaded.
-        ArgumentError: there is no such device.
+        ArgumentError: there is no such device, or the model is a regressor, which has no labels.
 
     Example:
         >>> from nbhd.tasks.classification import Classifier
@@ -62,6 +65,7 @@ class Classifier:
     def __init__(self, model: str | os.PathLike[str] | None = None, device: str | torch.device | None = None) -> None:
         self.device = device_for(model, device)
         loaded = load_classifier(model, self.device)
+        check_has_labels(loaded)
         self.model = loaded.model
         self.processor = loaded.processor
         self.source = loaded.source
@@ -152,44 +156,27 @@ class Classifier:
                     return source.error
                 source = source.path
             image = source.convert("RGB") if isinstance(source, Image.Image) else decode_image(source, self._min_size)
+            return to_pixels(self.processor, image)
         except ImageError as error:
             return error.reason
-        if _keeps_aspect(self.processor):
-            image = _without_long_ends(image)
-        pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
 
     def _classify(self, batch: list[tuple[str | None, Tensor | str]], top_k: int) -> Iterator[Classification]:
-        # Processors that do not fix the size give pictures that cannot share a batch.
-        groups: dict[torch.Size, list[int]] = {}
-        for i, (_, prepared) in enumerate(batch):
-            if isinstance(prepared, Tensor):
-                groups.setdefault(prepared.shape, []).append(i)
         answers: dict[int, tuple[Score, ...] | None] = {}
-        for members in groups.values():
+        for members in of_one_shape([prepared for _, prepared in batch]):
             answers.update(zip(members, self._scores([batch[i][1] for i in members], top_k), strict=True))
         for i, (path, prepared) in enumerate(batch):
             if isinstance(prepared, str):
                 yield Classification(path, error=prepared)
             elif (scores := answers[i]) is None:
-                yield Classification(
-                    path, error="the model's answer is not a number (overflow in its dtype, or bad weights)"
-                )
+                yield Classification(path, error=NO_ANSWER)
             else:
                 yield Classification(path, scores)
 
     @torch.inference_mode()
     def _scores(self, pictures: list[Any], top_k: int) -> list[tuple[Score, ...] | None]:
         """The best labels of each picture, or None where the model's answer is not finite."""
-        try:
-            pixels = torch.stack(pictures).to(self.device, self.model.dtype)
-            logits = self.model(pixel_values=pixels).logits.float()  # [pictures, labels]
-            probabilities = (logits.sigmoid() if self.multi_label else logits.softmax(-1)).cpu()
-        except torch.OutOfMemoryError as error:
-            raise NbhdError(
-                f"out of memory on {self.device} with {len(pictures)} pictures in a batch. Use a smaller batch_size"
-                " (--batch-size)."
-            ) from error
+        logits = answer(self.model, pictures)
+        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(-1)
         best = probabilities.topk(min(top_k, len(self.labels)))
         return [
             tuple(Score(self.labels[i], p) for p, i in zip(values, indices, strict=True)) if finite else None
@@ -197,6 +184,43 @@ class Classifier:
                 best.values.tolist(), best.indices.tolist(), probabilities.isfinite().all(-1).tolist(), strict=True
             )
         ]
+
+
+def to_pixels(processor: Any, image: Image.Image) -> Tensor:
+    """``[channels, height, width]`` as the model wants it; raises `ImageError` if there is no memory for it."""
+    try:
+        if _keeps_aspect(processor):
+            image = without_long_ends(image)
+        pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    except MemoryError as error:
+        raise ImageError("not enough memory to prepare it") from error
+    return pixels
+
+
+def of_one_shape(prepared: Sequence[Tensor | str]) -> Iterable[list[int]]:
+    """The places of the tensors, those of one shape together.
+
+    Processors that do not fix the size give pictures that cannot share a batch.
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for i, item in enumerate(prepared):
+        if isinstance(item, Tensor):
+            groups.setdefault(item.shape, []).append(i)
+    return groups.values()
+
+
+def answer(network: Any, pictures: list[Any]) -> Tensor:
+    """The logits ``[pictures, labels]`` of pictures of one shape, float32 on the CPU."""
+    try:
+        with torch.inference_mode():
+            pixels = torch.stack(pictures).to(network.device, network.dtype)
+            logits: Tensor = network(pixel_values=pixels).logits.float().cpu()
+    except torch.OutOfMemoryError as error:
+        raise NbhdError(
+            f"out of memory on {network.device} with {len(pictures)} pictures in a batch. Use a smaller batch_size"
+            " (--batch-size)."
+        ) from error
+    return logits
 
 
 def _path(source: Source) -> str | None:
@@ -222,7 +246,7 @@ def _sides(size: Any) -> list[int]:
     return [side for name in ("shortest_edge", "height", "width") if size and (side := size.get(name))]
 
 
-def _without_long_ends(image: Image.Image) -> Image.Image:
+def without_long_ends(image: Image.Image) -> Image.Image:
     """The middle of a strip longer than ``MAX_ASPECT`` of its short sides; a centre crop sees no more of it."""
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
