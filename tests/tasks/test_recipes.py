@@ -100,6 +100,10 @@ def test_overrides_apply_in_order_and_are_typed() -> None:
         ({"schedule": {"image_sizes": [[1, 64]]}}, r"schedule.image_sizes must be \[first epoch, size\] pairs"),
         ({"schedule": {"image_sizes": [[0, 64], [0, 96]]}}, "rising epochs"),
         ({"schedule": {"image_sizes": [[0]]}}, "pairs"),
+        ({"task": ["classification"]}, r"task must be one of classification, got \['classification'\]"),
+        ({"optim": {"lr": 10**400}}, r"optim.lr must be a finite number, got 10{59}\.\.\.$"),
+        ({"optim": {"lr": 10**5000}}, "optim.lr must be a finite number, got a number of 16610 bits"),
+        ({"schedule": {"epochs": 10**400}}, r"schedule.epochs must be a whole number below 2\*\*63, got 10{59}\.\.\.$"),
     ],
 )
 def test_bad_recipe_is_an_error_that_names_the_key(tree: dict[str, object], message: str) -> None:
@@ -121,6 +125,7 @@ def test_model_that_cannot_be_is_an_error_of_the_recipe() -> None:
         ("optin.lr=3", "nearest known one is 'optim'"),
         ("optim.lrr=3", "nearest known one is 'lr'"),
         ("optim.lr=[", "the value is not YAML"),
+        ("optim.lr=2020-13-45", "the value is not YAML"),
     ],
 )
 def test_bad_override_is_an_error(override: str, message: str) -> None:
@@ -133,7 +138,9 @@ def test_unknown_name_suggests_the_nearest() -> None:
         find_recipe("classification/cifar10_quik")
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"- a\n- b\n", b"\xff\xfe", b"!!python/object/apply:os.system ['true']"])
+@pytest.mark.parametrize(
+    "content", [b"a: [", b"- a\n- b\n", b"\xff\xfe", b"!!python/object/apply:os.system ['true']", b"task: 2020-13-45"]
+)
 def test_file_that_is_no_recipe_is_an_error(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_bytes(content)

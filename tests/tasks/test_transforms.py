@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from nbhd.models.nat import NatImageProcessor
-from nbhd.tasks.classification.train import processor_settings
 from nbhd.tasks.recipe_sections import AugmentSection, DataSection
 from nbhd.tasks.recipes import parse_recipe
 from nbhd.tasks.transforms import (
@@ -18,6 +17,7 @@ from nbhd.tasks.transforms import (
     crop_box,
     mix,
     normalise,
+    processor_settings,
     random_crop,
     resize_for_eval,
     shrink_to,
@@ -205,7 +205,7 @@ def test_mixing_can_be_rare_and_off() -> None:
 # Evaluation
 
 
-@pytest.mark.parametrize("size", [(128, 128), (200, 90), (77, 131), (30, 40), (64, 64)])
+@pytest.mark.parametrize("size", [(128, 128), (200, 90), (77, 131), (30, 40), (64, 64), (131, 77), (75, 73)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -221,7 +221,7 @@ def test_evaluation_during_training_sees_what_the_saved_processor_gives(
     recipe = parse_recipe({"data": settings})
     image: Image.Image = noise(*size, seed=3)
     ours = normalise(torch.tensor(resize_for_eval(image, recipe.data))[None], recipe.data)
-    theirs = NatImageProcessor(**processor_settings(recipe))(image, return_tensors="pt")["pixel_values"]
+    theirs = NatImageProcessor(**processor_settings(recipe.data))(image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 

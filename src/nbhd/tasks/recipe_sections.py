@@ -146,7 +146,7 @@ class RunSection:
     """What does not change the result, but for the seed."""
 
     seed: int = setting(0, "seed of weights, data order and augmentation", low=0, high=2**31)
-    device: str = setting("auto", "auto: GPUs if there are any", one_of=("auto", "cpu"))
+    device: str = setting("auto", "auto: a GPU a process, if there are any", one_of=("auto", "cpu"))
     precision: str = setting("float32", "autocast type of the forward pass", one_of=("float32", "bfloat16", "float16"))
     compile: bool = setting(False, "torch.compile the model")
     save_every_steps: int | None = setting(

@@ -44,7 +44,7 @@ def load_recipe(name_or_file: str | Path, overrides: list[str] | tuple[str, ...]
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none, or too deep
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         tree = {}
@@ -61,7 +61,7 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     """Build a `Recipe` from nested dicts as a YAML file has them."""
     _check_keys(tree, ("task", *SECTIONS), where, "section")
     task = tree.get("task", "classification")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise RecipeError(f"{where}: task must be one of {', '.join(TASKS)}, got {task!r}")
     hints = typing.get_type_hints(TASKS[task])
     sections = {}
@@ -112,19 +112,31 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-        raise RecipeError(f"{where} must be a finite number, got {value!r}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):
+                if math.isfinite(value):
+                    return float(value)
+        raise RecipeError(f"{where} must be a finite number, got {_shown(value)}")
     if hint is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, int) and not isinstance(value, bool):
+            if abs(value) >= 2**63:
+                raise RecipeError(f"{where} must be a whole number below 2**63, got {_shown(value)}")
             return value
         raise RecipeError(f"{where} must be a whole number, got {value!r}")
     if not isinstance(value, hint):
         kind = {bool: "true or false", str: "text"}[hint]
         raise RecipeError(f"{where} must be {kind}, got {value!r}")
     return value
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not spell out numbers of more than 4300 digits
+        return f"a number of {value.bit_length()} bits"
+    return f"{text[:60]}..." if len(text) > 60 else text
 
 
 def _check_range(value: Any, metadata: Any, where: str) -> None:
@@ -184,7 +196,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set wants section.key=value, got {override!r}. For example: --set optim.lr=0.0005")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
     _check_keys({section: None}, SECTIONS, f"--set {override!r}", "section")
     branch = tree.get(section)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nbhd import _processor
 from nbhd._files import write_whole
-from nbhd.errors import ArgumentError, CheckpointError, MissingExtra
+from nbhd._text import valid_unicode
+from nbhd.errors import ArgumentError, CheckpointError, FileError, MissingExtra
 from nbhd.tasks.recipes import Recipe, load_recipe
 
 MARKER = "nbhd_state.json"  # written last into a checkpoint: without it the checkpoint is not complete
+
+#: What a run leaves, recipe.yaml last: a folder with one still passes for a run if its removal was cut short.
+RUN_FILES = (
+    "model.safetensors", "config.json", "preprocessor_config.json", "README.md", "metrics.json", "curves.png",
+    "checkpoints", "recipe.yaml",
+)  # fmt: skip
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -42,27 +52,81 @@ def _by_step(checkpoints: Path) -> list[Path]:
 
 
 def prepare_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder, or say why it cannot be used.
+    """Make the run's folder, or say why it cannot be used. Nothing in it is changed.
 
     Raises:
-        ArgumentError: it is a file, or holds something and neither ``resume`` nor ``overwrite`` was given.
+        ArgumentError: it is a file, or holds something and neither ``resume`` nor ``overwrite`` was given, or holds no
+            run to ``resume``.
     """
     if output.exists() and not output.is_dir():
         raise ArgumentError(f"--output {output} is a file. Name a folder.")
     if output.is_dir() and any(output.iterdir()):
-        if overwrite:
-            for name in ("checkpoints", "recipe.yaml", "metrics.json", "curves.png"):
-                path = output / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        elif not resume:
+        if not resume and not overwrite:
             raise ArgumentError(
                 f"--output {output} is not empty. Use --resume to go on with the run in it, --overwrite to "
                 "start it anew, or another folder."
+            )
+        if resume and not _holds_run(output):
+            raise ArgumentError(
+                f"--output {output} is not empty, and holds no run to resume: there is neither recipe.yaml nor "
+                "checkpoints in it. Name the folder of a run, or a new one."
             )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"--output {output} cannot be made: {error.strerror}") from error
+
+
+def _holds_run(output: Path) -> bool:
+    return any(os.path.lexists(output / name) for name in ("recipe.yaml", "checkpoints"))
+
+
+def remove_run(output: Path) -> None:
+    """Remove what a former run has left in ``output`` and nothing else; of a link the link alone.
+
+    Raises:
+        FileError: something cannot be removed.
+    """
+    if not _holds_run(output):
+        return
+    cut_short = [path for name in RUN_FILES for path in output.glob(f".{name}.*.part")]
+    for path in [*output.glob(".export-*"), *cut_short, *(output / name for name in RUN_FILES)]:
+        try:
+            if path.is_dir() and not path.is_symlink() and path.name.startswith(("checkpoints", ".export-")):
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise FileError(f"cannot remove {path} of the former run: {error.strerror or error}") from error
+
+
+def data_facts(class_names: Sequence[str], labels: np.ndarray) -> dict[str, Any]:
+    """What a checkpoint remembers of the training images, for `check_same_data`."""
+    digest = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+    return {"classes": [valid_unicode(name) for name in class_names], "images": len(labels), "labels": digest}
+
+
+def check_same_data(checkpoint: Path, data: Mapping[str, Any]) -> None:
+    """Raise unless a resumed run has its first training images, as far as classes, number and labels tell."""
+    before = json.loads((checkpoint / MARKER).read_text(encoding="utf-8")).get("data")
+    if before is None:  # written before checkpoints remembered it
+        return
+    old, new = before["classes"], data["classes"]
+    if len(old) != len(new):
+        changed = f"there were {len(old)} classes and are {len(new)}"
+    elif old != new:
+        wrong = next(i for i, name in enumerate(old) if name != new[i])
+        changed = f"class {wrong} was {old[wrong]!r}, is {new[wrong]!r}"
+    elif before["images"] != data["images"]:
+        changed = f"there were {before['images']} training images and are {data['images']}"
+    elif before["labels"] != data["labels"]:
+        changed = "the training images have other labels, or another order"
+    else:
+        return
+    raise ArgumentError(
+        f"--resume goes on with the data that {checkpoint} was trained on, but {changed}. Give the --data the run "
+        "began with, or train into another folder (model.pretrained starts from finished weights)."
+    )
 
 
 def check_same_recipe(recipe: Recipe, output: Path) -> None:

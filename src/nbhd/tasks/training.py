@@ -11,22 +11,24 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from nbhd._files import write_json
-from nbhd.errors import ArgumentError, MissingExtra
+from nbhd.errors import ArgumentError, FileError, MissingExtra
 from nbhd.tasks.devices import available_devices
 from nbhd.tasks.recipe_sections import Recipe
 from nbhd.tasks.runs import MARKER, remove_old_checkpoints
@@ -57,8 +59,14 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         prepare: ``(inputs, seed, epoch) -> inputs`` on the device for a batch; ``seed`` is None for evaluation, else
             integers to draw augmentations from. ``inputs["labels"]`` are the targets of ``loss``.
         loss: ``(outputs, labels) -> scalar``.
-        metrics: ``(predictions, labels) -> {name: number}`` over the whole evaluation set.
+        metrics: ``(predictions, labels) -> {name: number}`` over the whole evaluation set; ``"loss"`` among them.
         on_epoch: called on the main process with the history after each epoch.
+        data: what a checkpoint remembers of the data (`nbhd.tasks.runs.data_facts`).
+
+    Nothing is written before training begins.
+
+    Raises:
+        ArgumentError: there are fewer training images than a batch has.
     """
 
     def __init__(
@@ -74,8 +82,9 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         loss: Callable[[Any, Tensor], Tensor],
         metrics: Callable[[Any, Any], dict[str, float]],
         on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
-        self.recipe, self.network = recipe, model
+        self.recipe, self.network, self._data = recipe, model, data
         self._prepare, self._loss, self._on_epoch = prepare, loss, on_epoch
         self.history: list[dict[str, Any]] = []
         self._loss_sum, self._loss_count, self._seconds = 0.0, 0, 0.0
@@ -88,7 +97,15 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
                 f"optim.batch_size is {recipe.optim.batch_size}, but there are only {rows} training images. "
                 "Use a smaller batch."
             )
+        images = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
+        if images != recipe.optim.batch_size:
+            raise ArgumentError(
+                f"optim.batch_size is {recipe.optim.batch_size}, but a step would see {images} images. Leave the size "
+                "of the batch to training_arguments()."
+            )
         self.sampler = EpochSampler(rows, self.steps_per_epoch * recipe.optim.batch_size, recipe.run.seed)
+        # Trainer makes its folder at once; this one is there.
+        folder, arguments.output_dir = arguments.output_dir, os.curdir
         super().__init__(
             model=model,
             args=arguments,
@@ -97,6 +114,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=eval_data,
             compute_metrics=lambda prediction: metrics(prediction.predictions, prediction.label_ids),
         )
+        arguments.output_dir = folder
         self.model_accepts_loss_kwargs = False  # compute_loss below is a mean over the batch: divide by accumulation
         self._ema: dict[str, Tensor] | None = None
         if recipe.optim.ema_decay is not None:
@@ -136,12 +154,15 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         accumulation = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         self._loss_sum += float(loss) * accumulation
         self._loss_count += 1
-        if not math.isfinite(self._loss_sum):
+        self._check_finite(self._loss_sum, "the loss")
+        return loss
+
+    def _check_finite(self, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
             raise ArgumentError(
-                f"the loss is not finite at step {self.state.global_step}: the run has diverged. Lower optim.lr, "
+                f"{what} is not finite at step {self.state.global_step}: the run has diverged. Lower optim.lr, "
                 "lengthen schedule.warmup_epochs or set optim.clip_grad_norm."
             )
-        return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         keys = inputs.pop("keys", None)
@@ -203,15 +224,25 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         totals = self._gather_loss()  # all processes take part
-        if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # left incomplete by a run that was killed
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            if self._ema is not None:
-                save_file({name: value.cpu().contiguous() for name, value in self._ema.items()}, folder / EMA_FILE)
-            state = {"history": self.history, "loss_sum": totals[0], "loss_count": totals[1], "seconds": self._seconds}
-            write_json(folder / MARKER, state)
-            remove_old_checkpoints(folder.parent, self.recipe.run.keep_checkpoints)
+        seconds = self._seconds + time.monotonic() - self._clock
+        state = {"history": self.history, "loss_sum": totals[0], "loss_count": totals[1], "seconds": seconds}
+        try:
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)  # left incomplete by a run that was killed
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                if self._ema is not None:
+                    save_file({name: value.cpu().contiguous() for name, value in self._ema.items()}, folder / EMA_FILE)
+                write_json(folder / MARKER, state | {"data": self._data})
+                remove_old_checkpoints(folder.parent, self.recipe.run.keep_checkpoints)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError of a full disk
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise FileError(
+                f"cannot write the checkpoint {folder}: {reason}. See that there is room and that the folder may be "
+                "written, then go on with --resume."
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
@@ -256,6 +287,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *rest: Any, **more: Any) -> None:
         """Take the evaluation results into the history; the Trainer's own printing is not used."""
         results = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        self._check_finite(results.get("loss", 0.0), "the evaluation loss")
         if results and self.history:
             for speed in ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"):
                 results.pop(speed, None)
@@ -285,6 +317,7 @@ class _Hooks(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: TaskTrainer) -> None:
         self.trainer = trainer
         self._shown = 0.0
+        self._save_at_end = False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.sampler.epoch = state.global_step // self.trainer.steps_per_epoch
@@ -295,6 +328,9 @@ class _Hooks(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         trainer = self.trainer
         trainer.update_average()
+        # The checkpoint of an epoch's last step waits until the epoch is in the history.
+        self._save_at_end = control.should_save and state.global_step % trainer.steps_per_epoch == 0
+        control.should_save = control.should_save and not self._save_at_end
         if state.is_world_process_zero and time.monotonic() - self._shown > (0.5 if sys.stderr.isatty() else 60):
             self._shown = time.monotonic()
             step = state.global_step % trainer.steps_per_epoch or trainer.steps_per_epoch
@@ -312,6 +348,7 @@ class _Hooks(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_evaluate = self.trainer.finish_epoch()
+        control.should_save = control.should_save or self._save_at_end
         if not control.should_evaluate:
             self._report(state)
         return control
@@ -354,7 +391,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
-    """What the recipe says, in the words of `TrainingArguments`."""
+    """What the recipe says, in the words of `TrainingArguments`. A process takes one GPU."""
     try:
         import accelerate  # noqa: F401
     except ImportError as error:
@@ -392,6 +429,8 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
         ddp_find_unused_parameters=False,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # Trainer would use DataParallel, which is slow and splits the batch by itself
     devices = max(1, arguments.world_size) * max(1, arguments.n_gpu)
     per_device = min(optim.device_batch_size or optim.batch_size, optim.batch_size)
     if optim.batch_size % devices:
@@ -402,6 +441,6 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     accumulation = math.ceil(share / per_device)
     while share % accumulation:
         accumulation += 1
-    arguments.per_device_train_batch_size = share // accumulation // max(1, arguments.n_gpu)
+    arguments.per_device_train_batch_size = share // accumulation
     arguments.gradient_accumulation_steps = accumulation
     return arguments

@@ -11,6 +11,7 @@ so a resumed run sees exactly what an unbroken one does.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -204,14 +205,27 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
 
 def resize_for_eval(image: Image.Image, data: DataSection) -> np.ndarray:
     """``[image_size, image_size, 3]`` uint8 as the finished model's image processor makes it, before normalising."""
-    size, resample = data.image_size, RESAMPLE[data.resample]
+    processor = _geometry(data.image_size, data.resize, data.crop_ratio, data.resample)
+    return processor(image, data_format="channels_last")["pixel_values"][0].astype(np.uint8)  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=8)
+def _geometry(image_size: int, resize: str, crop_ratio: float, resample: str) -> Any:
+    """The image processor with nothing on but resizing and cropping."""
+    from nbhd.models.nat import NatImageProcessor
+
+    data = DataSection(image_size=image_size, resize=resize, crop_ratio=crop_ratio, resample=resample)
+    return NatImageProcessor(**(processor_settings(data) | {"do_rescale": False, "do_normalize": False}))
+
+
+def processor_settings(data: DataSection) -> dict[str, Any]:
+    """What the image processor beside a finished model is told."""
+    side = {"height": data.image_size, "width": data.image_size}
+    settings = {"resample": int(RESAMPLE[data.resample]), "image_mean": data.mean, "image_std": data.std}
     if data.resize == "squash":
-        return np.asarray(image.resize((size, size), resample))
-    short = max(size, round(size / data.crop_ratio))
-    factor = short / min(image.size)
-    image = image.resize((max(short, int(image.width * factor)), max(short, int(image.height * factor))), resample)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+        return settings | {"do_resize": True, "size": side, "do_center_crop": False}
+    short = max(data.image_size, round(data.image_size / data.crop_ratio))
+    return settings | {"do_resize": True, "size": {"shortest_edge": short}, "do_center_crop": True, "crop_size": side}
 
 
 def normalise(images: Tensor, data: DataSection) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="the train extra is not installed")
@@ -23,11 +24,22 @@ pytest.importorskip("kornia", reason="the train extra is not installed")
 
 from nbhd.errors import ArgumentError, FileError, RecipeError
 from nbhd.tasks.checkpoints import load_classifier
+from nbhd.tasks.classification import train as train_module
 from nbhd.tasks.classification.evaluate import evaluate_images
-from nbhd.tasks.classification.train import EvalImages, TrainImages, collate, top_k_metrics, train
+from nbhd.tasks.classification.train import (
+    EvalImages,
+    TrainImages,
+    build_model,
+    evaluation_metrics,
+    top_k_metrics,
+    train,
+)
 from nbhd.tasks.datasets import open_images
-from nbhd.tasks.recipe_sections import Recipe
+from nbhd.tasks.recipe_sections import DataSection, Recipe
 from nbhd.tasks.recipes import load_recipe, parse_recipe
+from nbhd.tasks.training import TaskTrainer
+from nbhd.tasks.transforms import resize_for_eval
+from tests.pictures import encode, noise
 from tests.tasks.test_datasets import CLASSES, IMAGENETTE48, write_folder
 
 # Everything that could make two runs differ is on: augmentation, dropout, averages, accumulation, growing images.
@@ -49,6 +61,20 @@ SMALL: dict[str, Any] = {
 
 def small(**sections: dict[str, Any]) -> Recipe:
     return parse_recipe({name: SMALL.get(name, {}) | sections.get(name, {}) for name in {*SMALL, *sections}})
+
+
+#: The least work that is a training run.
+TINY: dict[str, Any] = {
+    "model": {"embed_dim": 8, "depths": [1], "num_heads": [1], "kernel_size": 3},
+    "data": {"image_size": 16, "resize": "squash"},
+    "optim": {"batch_size": 4},
+    "schedule": {"epochs": 1},
+    "run": {"device": "cpu", "plot": False},
+}
+
+
+def tiny(**sections: dict[str, Any]) -> Recipe:
+    return parse_recipe({name: TINY.get(name, {}) | sections.get(name, {}) for name in {*TINY, *sections}})
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +237,88 @@ def test_resuming_with_another_recipe_is_refused_and_leaves_the_run_alone(unbrok
     assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
 
 
+class Killed(Exception):
+    pass
+
+
+def killed_behind_checkpoint(step: int, recipe: Recipe, data: Path, output: Path) -> None:
+    """A run that ends as soon as the checkpoint of a step is complete."""
+    save = TaskTrainer._save_checkpoint
+
+    def save_and_die(self: TaskTrainer, *arguments: Any) -> None:
+        save(self, *arguments)
+        if self.state.global_step == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TaskTrainer, "_save_checkpoint", save_and_die)
+        train(recipe, data, output)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["inside of an epoch", "at the end of an epoch"])
+def test_history_has_every_epoch_and_all_seconds_wherever_a_run_was_killed(step: int, tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", "cat", "dog", images=4)
+    recipe = tiny(schedule={"epochs": 2}, run={"save_every_steps": 1})
+    train(recipe, data, tmp_path / "whole")
+    killed_behind_checkpoint(step, recipe, data, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "nbhd_state.json"
+    saved = json.loads(state.read_text())
+    assert saved["seconds"] > 0
+    assert len(saved["history"]) == step - 1
+    state.write_text(json.dumps(saved | {"seconds": 1000.0}))
+    train(recipe, data, tmp_path / "run", resume=True)
+    assert without_times(tmp_path / "run" / "metrics.json") == without_times(tmp_path / "whole" / "metrics.json")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"][-1]["seconds"] > 1000
+
+
+def test_resuming_with_other_data_is_refused_and_with_an_older_checkpoint_is_not(tmp_path: Path) -> None:
+    recipe = tiny(schedule={"epochs": 2})
+    data = write_folder(tmp_path / "data", "cat", "dog", images=3)
+    killed_behind_checkpoint(1, recipe, data, tmp_path / "run")
+    for classes, images, message in (
+        (("cat", "cow"), 3, "class 1 was 'dog', is 'cow'"),
+        (("cat", "dog", "cow"), 3, "there were 2 classes and are 3"),
+        (("cat", "dog"), 4, "there were 6 training images and are 8"),
+    ):
+        other = write_folder(tmp_path / message, *classes, images=images)
+        with pytest.raises(ArgumentError, match=message):
+            train(recipe, other, tmp_path / "run", resume=True)
+    state = tmp_path / "run" / "checkpoints" / "checkpoint-1" / "nbhd_state.json"
+    saved = json.loads(state.read_text())
+    del saved["data"]
+    state.write_text(json.dumps(saved))
+    assert len(train(recipe, data, tmp_path / "run", resume=True)["epochs"]) == 2
+
+
+# A folder that holds a run
+
+
+def test_start_that_fails_leaves_the_former_run_and_no_recipe(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", "cat", "dog", images=3)
+    train(tiny(), data, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for bad, source in (
+        (tiny(optim={"batch_size": 7}), data),
+        (tiny(), tmp_path),
+        (tiny(model={"depths": [1, 1]}), data),
+    ):
+        with pytest.raises((ArgumentError, FileError, RecipeError)):
+            train(bad, source, tmp_path / "run", overwrite=True)
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+        with pytest.raises((ArgumentError, FileError, RecipeError)):
+            train(bad, source, tmp_path / "new")
+        assert not list((tmp_path / "new").iterdir())
+
+
+def test_overwriting_leaves_nothing_of_the_former_run(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", "cat", "dog", images=3)
+    train(tiny(), data, tmp_path / "run")
+    with pytest.raises(ArgumentError, match="diverged"):
+        train(tiny(optim={"lr": 1e30}, schedule={"epochs": 9}), data, tmp_path / "run", overwrite=True)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left <= {"recipe.yaml", "metrics.json", "checkpoints"}
+
+
 # Many processes
 
 
@@ -228,7 +336,8 @@ def test_two_processes_share_the_batch(unbroken: Path, tmp_path: Path) -> None:
         },
         "model": {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0},
     }
-    recipe = small(**plain)
+    # The last batch of the evaluation is one image, which both processes get.
+    recipe = small(**plain, data={"eval_limit": 33}, eval={"batch_size": 8})
     train(recipe, IMAGENETTE48, tmp_path / "one")
     arguments = command(tmp_path / "two", recipe)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments]
@@ -238,9 +347,9 @@ def test_two_processes_share_the_batch(unbroken: Path, tmp_path: Path) -> None:
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     for a, b in zip(one["epochs"], two["epochs"], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
-        assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-2)
+        assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-3)
         assert a["step"] == b["step"]
-    assert two["final"]["images"] == 40
+    assert two["final"]["images"] == 33
 
 
 # Fine-tuning
@@ -274,7 +383,84 @@ def test_shape_of_a_pretrained_model_cannot_be_set(unbroken: Path, tmp_path: Pat
         train(recipe, IMAGENETTE48, tmp_path / "x")
 
 
+@pytest.fixture(scope="module")
+def cat_dog_cow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a model of three classes."""
+    folder = tmp_path_factory.mktemp("models") / "nat"
+    model = build_model(tiny(), ["cat", "dog", "cow"])
+    torch.nn.init.normal_(model.classifier.bias)  # type: ignore[union-attr,arg-type]
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return folder
+
+
+def tuned(folder: Path, *classes: str) -> Any:
+    return build_model(parse_recipe({"model": {"pretrained": str(folder)}}), list(classes))
+
+
+def test_classifier_of_the_same_classes_is_kept_and_that_of_others_is_new(cat_dog_cow: Path) -> None:
+    stored = load_file(cat_dog_cow / "model.safetensors")
+    weight, bias = stored["classifier.weight"], stored["classifier.bias"]
+    same, turned = tuned(cat_dog_cow, "cat", "dog", "cow"), tuned(cat_dog_cow, "cow", "cat", "dog")
+    assert torch.equal(same.classifier.weight, weight)
+    assert torch.equal(turned.classifier.weight, weight[[2, 0, 1]])
+    assert torch.equal(turned.classifier.bias, bias[[2, 0, 1]])
+    assert turned.config.id2label == {0: "cow", 1: "cat", 2: "dog"}
+    others = tuned(cat_dog_cow, "cat", "dog", "hen")
+    assert not torch.isin(others.classifier.weight, weight).any()
+    assert not others.classifier.bias.any()
+    assert others.classifier.weight.std() < 0.05
+    assert torch.equal(others.classifier.weight, tuned(cat_dog_cow, "a", "b", "c").classifier.weight), "of the seed"
+    assert tuned(cat_dog_cow, "a", "b").classifier.weight.shape[0] == 2
+    body = "nat.encoder.levels.0.layers.0.attention.self.query.weight"
+    for model in (same, turned, others):
+        assert torch.equal(model.state_dict()[body], stored[body])
+
+
+def test_pretrained_weights_that_are_not_those_of_a_whole_nat_are_refused(cat_dog_cow: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import ViTConfig, ViTForImageClassification
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(RecipeError, match=r"model\.pretrained .* is a .*vit\b"):
+        tuned(tmp_path / "vit", "a", "b")
+
+    stored = load_file(cat_dog_cow / "model.safetensors")
+    key = next(key for key in stored if key.endswith("query.weight"))
+    shutil.copytree(cat_dog_cow, tmp_path / "nat")
+    file = tmp_path / "nat" / "model.safetensors"
+    for wrong in (
+        {name: value for name, value in stored.items() if name != key},
+        stored | {key: stored[key][:4].contiguous()},
+    ):
+        save_file(wrong, file, metadata={"format": "pt"})
+        with pytest.raises(RecipeError, match=f"1 weights are missing or of another shape .{key}"):
+            tuned(tmp_path / "nat", "a", "b")
+    file.write_bytes((cat_dog_cow / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(RecipeError, match=r"model\.pretrained .* cannot be loaded"):
+        tuned(tmp_path / "nat", "a", "b")
+
+
 # Bad input
+
+
+def test_evaluating_on_the_training_images_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plain = write_folder(tmp_path / "plain", "cat", "dog", images=2)
+    train(tiny(), plain, tmp_path / "run")
+    assert f"the images of {plain} are used for training and for evaluation" in capfd.readouterr().err
+    assert "These are the images it was trained on" in (tmp_path / "run" / "README.md").read_text()
+
+    split = tmp_path / "split"
+    for name in ("train", "validation"):
+        shutil.copytree(plain, split / name)
+    train(tiny(), split, tmp_path / "copied")
+    assert "are used for training and for evaluation" in capfd.readouterr().err
+    (split / "validation" / "cat" / "0.png").write_bytes(encode(noise(seed=99), "PNG"))
+    train(tiny(), split, tmp_path / "other")
+    assert "are used for training" not in capfd.readouterr().err
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "4 images of the validation split" in card
+    assert "trained on:" not in card
 
 
 def broken_copy(folder: Path) -> Path:
@@ -318,9 +504,69 @@ def test_loader_processes_change_nothing(unbroken: Path, tmp_path: Path) -> None
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
-def test_batch_without_a_good_image_is_an_error() -> None:
-    with pytest.raises(FileError, match="none of 2 images of a batch"):
-        collate([None, None])
+def test_another_image_stands_for_one_that_cannot_be_decoded(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", "cat", "dog", images=3)
+    (data / "cat" / "1.png").write_text("no picture")
+    recipe = tiny(data={"cache": "none"}, optim={"batch_size": 2, "device_batch_size": 1}, schedule={"epochs": 2})
+    table = open_images(data, "train")
+    images = TrainImages(table, recipe)
+    stands = [images[epoch, 1] for epoch in range(12)]
+    assert [item["key"] for item in stands] == [(epoch, 1) for epoch in range(12)]
+    assert {item["label"] for item in stands} == {0, 1}, "not always the same one"
+    again = TrainImages(table, recipe)
+    for epoch in range(12):
+        assert (again[epoch, 1]["image"] == stands[epoch]["image"]).all()
+    assert len(train(recipe, data, tmp_path / "run")["epochs"]) == 2
+
+    for file in data.glob("*/*.png"):
+        file.write_text("no picture")
+    with pytest.raises(FileError, match="33 images in a row cannot be decoded"):
+        images[0, 0]
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_strip_is_evaluated_as_it_is_classified(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its long ends, which the centre crop does not see, are not scaled up with its short side."""
+    data = write_folder(tmp_path / "data", "cat", "dog", images=1)
+    (data / "cat" / "0.png").write_bytes(encode(noise(600, 1), "PNG"))
+    sizes: list[tuple[int, int]] = []
+
+    def resized(image: Image.Image, section: DataSection) -> np.ndarray:
+        sizes.append(image.size)
+        return resize_for_eval(image, section)
+
+    monkeypatch.setattr(train_module, "resize_for_eval", resized)
+    images = EvalImages(open_images(data, "train"), tiny(data={"resize": "crop", "cache": cache}))
+    assert images[0]["image"].shape == (16, 16, 3)
+    assert (8, 1) in sizes
+
+
+def test_image_that_cannot_be_decoded_has_no_part_in_the_evaluation_loss(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", "cat", "dog", images=3)
+    (data / "cat" / "1.png").write_text("no picture")
+    metrics = train(tiny(data={"cache": "none"}, eval={"batch_size": 2}), data, tmp_path / "run")
+    assert metrics["final"]["images"] == 5
+    assert metrics["epochs"][-1]["eval_loss"] == pytest.approx(metrics["final"]["loss"], rel=1e-5)
+
+
+def test_images_are_kept_if_they_fit_judged_by_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", "cat", "dog", images=20)
+    for i in range(1, 20):
+        for name in ("cat", "dog"):
+            (data / name / f"{i}.png").write_bytes(encode(noise(64, 64, seed=i), "PNG"))
+    table = open_images(data, "train")
+    first = table.decode(0)
+    guess = train_module._guess_bytes(table, lambda image: image)
+    assert guess == pytest.approx((38 * 64 * 64 + 2 * first.width * first.height) * 3, rel=0.05)
+    monkeypatch.setattr(train_module, "CACHE_LIMIT_BYTES", 30 * 64 * 64 * 3)
+    monkeypatch.setattr(train_module, "_guess_bytes", lambda *_: 0.0)
+    said: list[str] = []
+    images = TrainImages(table, tiny(), said.append)
+    assert images.decoded is None
+    assert len(images) == 40
+    assert "they take more than" in said[-1]
+    assert TrainImages(table, tiny(data={"cache_size": 32})).decoded is not None
+    assert TrainImages(table, tiny(data={"cache": "memory"})).decoded is not None
 
 
 @pytest.mark.parametrize(
@@ -350,3 +596,26 @@ def test_top_k_ignores_what_could_not_be_decoded() -> None:
     logits = np.eye(10)[[0, 1, 2, 3]]
     assert top_k_metrics(logits, np.array([0, 1, 9, -100])) == {"top1": pytest.approx(2 / 3), "top5": 1.0}
     assert top_k_metrics(-np.arange(10.0)[None], np.array([5])) == {"top1": 0.0, "top5": 0.0}
+    with pytest.raises(FileError, match="none of the evaluation images"):
+        top_k_metrics(logits, np.full(4, -100))
+
+
+def test_logits_that_are_no_numbers_are_no_hits() -> None:
+    logits = np.array([[np.nan] * 3, [0.0, 1.0, np.nan], [0.0, 1.0, 2.0]])
+    assert top_k_metrics(logits, np.array([0, 1, 2])) == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(1 / 3)}
+    assert np.isnan(evaluation_metrics(logits, np.array([0, 1, 2]))["loss"])
+
+
+def test_evaluation_loss_is_the_mean_over_what_could_be_decoded() -> None:
+    logits, labels = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32), np.array([0, 3, -100, 1, 2])
+    good = labels >= 0
+    each = np.log(np.exp(logits[good]).sum(1)) - logits[good, labels[good]]
+    found = evaluation_metrics(logits, labels)
+    assert found["loss"] == pytest.approx(each.mean())
+    assert {name: found[name] for name in ("top1", "top5")} == top_k_metrics(logits, labels)
+
+
+def test_run_that_diverges_in_its_last_step_says_so(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", "cat", "dog", images=2)
+    with pytest.raises(ArgumentError, match="the evaluation loss is not finite at step 1: the run has diverged"):
+        train(tiny(optim={"lr": 1e30}), data, tmp_path / "run")

@@ -15,8 +15,13 @@ def model_card(
     final: Evaluation,
     facts: dict[str, Any],
     history: list[dict[str, Any]],
+    *,
+    same_images: bool = False,
 ) -> str:
-    """README.md of a finished model: data, recipe, result, terms. ``history`` is that of `TaskTrainer`."""
+    """README.md of a finished model: data, recipe, result, terms.
+
+    ``history`` is that of `TaskTrainer`; ``same_images`` says that the model was evaluated on its training images.
+    """
     data, schedule = recipe.data, recipe.schedule
     name = data.name or "the training data"
     hours = history[-1]["seconds"] / 3600 if history else 0.0
@@ -27,6 +32,11 @@ def model_card(
         if data.resize == "crop"
         else "both sides scaled"
     )
+    images = f"{final.images} images of the {data.eval_split} split"
+    caution = ""
+    if same_images:
+        images = f"{final.images} images"
+        caution = "\nThese are the images it was trained on: the figures say nothing of new images.\n"
     rows = "\n".join(f"| {row['class']} | {row['images']} | {row['accuracy']:.1%} |" for row in final.per_class)
     return f"""---
 library_name: transformers
@@ -70,9 +80,9 @@ Terms: {data.terms or "not stated; ask whoever gave you the images."}
 
 ## Result
 
-The files in this folder on the {final.images} images of the {recipe.data.eval_split} split:
+The files in this folder on the {images}:
 **top-1 {final.top1:.2%}**, top-5 {final.top5:.2%}, cross-entropy {final.loss:.4f}.
-
+{caution}
 | class | images | accuracy |
 |---|---|---|
 {rows}
