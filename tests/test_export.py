@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from hypothesis import given, settings
 import nbhd
 from nbhd.backends import reference
 from nbhd.errors import ArgumentError, BackendError, CheckpointError, MissingExtra
-from nbhd.export import ExportedModel, export, formats, open_exported, operator, program, subject
+from nbhd.export import ExportedModel, check, export, formats, open_exported, operator, program, subject
 from nbhd.geometry import Neighborhood
-from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatImageProcessor
+from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatImageProcessor, NatModel
 from tests.cases import NAMED, Case, cases, simple
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
@@ -55,6 +56,18 @@ def test_the_operator_written_out_is_the_operator(name):
 
 def test_long_windows_are_cut_into_pieces():
     _check_operator(simple((300,), 2 * operator.MOST_KEYS, heads=2, kv_heads=1, bias=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_are_scaled_in_float32(dtype):
+    """As `scores` does it: a product rounded to 16 bits would tell the two apart."""
+    query, key, value = (
+        torch.randn(1, 6, 1, 8, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)
+    )
+    geometry: Any = ((6,), (1,), (1,), (False,))
+    _, lse = operator.attend(query, key, value, None, *geometry, 0.3)
+    _, wide = operator.attend(query.float(), key.float(), value.float(), None, *geometry, 0.3)
+    torch.testing.assert_close(lse, wide, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -293,6 +306,81 @@ def test_a_backbone_in_onnx(tmp_path):
         torch.testing.assert_close(found.stage2, expected[1], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("kind", ["nat", "vit"])
+def test_the_outputs_are_those_the_model_returns(kind, pooling, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    vit = ViTConfig(**small, image_size=32, patch_size=8)
+    nat = NatConfig(embed_dim=8, depths=[1], num_heads=[1], kernel_size=3)
+    model: Any = {"nat": NatModel, "vit": ViTModel}[kind]({"nat": nat, "vit": vit}[kind], add_pooling_layer=pooling)
+    facts = export(model, tmp_path / "features.pt2", "torch-export", size=32)
+    assert facts.outputs == ["last_hidden_state", "pooler_output"][: 1 + pooling]
+    pixels = torch.randn(2, 3, 32, 32)
+    exported = open_exported(tmp_path / "features.pt2")(pixels)
+    with torch.inference_mode():
+        found = model(pixels)
+    for name in facts.outputs:
+        torch.testing.assert_close(getattr(exported, name), found[name], atol=2e-5, rtol=1e-4)
+
+
+def test_models_of_other_tasks_are_named():
+    from transformers import UperNetConfig, UperNetForSemanticSegmentation
+
+    nat = NatConfig(embed_dim=8, depths=[1], num_heads=[1], kernel_size=3)
+    head = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=nat, hidden_size=8, use_auxiliary_head=False))
+    with pytest.raises(ArgumentError, match="got a UperNetForSemanticSegmentation that returns logits"):
+        subject.facts_of(head)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "multi_label", "opened"),
+    [
+        (1, "regression", False, "regression"),
+        (1, None, True, "multi_label_classification"),
+        (2, "multi_label_classification", True, "multi_label_classification"),
+        (2, None, False, None),
+    ],
+)
+def test_what_the_logits_are_travels_along(labels, problem, multi_label, opened):
+    facts = subject.facts_of(_network(num_labels=labels, problem_type=problem))
+    assert facts.multi_label is multi_label
+    read = subject.Facts.from_json(facts.to_json())
+    assert ExportedModel("onnx", read, lambda pixels: []).config.problem_type == opened
+
+
+# ---- the comparison with the model
+
+
+def test_a_file_is_compared_with_its_model():
+    network = _network()
+    facts = subject.facts_of(network)
+
+    def difference(change: Any, *batches: Any) -> float:
+        with torch.inference_mode():
+            return check.largest_difference(
+                network, lambda pixels: SimpleNamespace(logits=change(network(pixels).logits)), facts, *batches
+            )
+
+    assert difference(lambda logits: logits) == 0
+    assert difference(lambda logits: 1.5 * logits) == pytest.approx(0.5)
+    assert difference(lambda logits: 1.5 * logits, [torch.ones(1, 3, 20, 30).tril()]) == pytest.approx(0.5)
+    for value in (float("nan"), float("inf")):
+        assert difference(lambda logits, value=value: logits.index_fill(-1, torch.tensor([3]), value)) == float("inf")
+    with pytest.raises(BackendError, match=r"the file's logits has the shape \(1,\), the model's \(1, 10\)"):
+        difference(lambda logits: logits[:, 0])
+    network.classifier.bias.data[2] = float("nan")
+    with pytest.raises(CheckpointError, match="the model's own logits is NaN or infinite"):
+        difference(lambda logits: logits)
+
+
 FRESH = """
 import sys, torch
 {first}
@@ -361,6 +449,10 @@ def test_without_a_compiler_it_says_so(network, processor, tmp_path, monkeypatch
         ({"to": "torch-export", "int8": True}, "int8 is for ONNX"),
         ({"calibration": []}, "calibration is for int8"),
         ({"to": "aoti"}, "compiles for one image size"),
+        ({"size": (224.0, 224)}, r"size must be pixels, as 224 or \(224, 320\).*got \(224\.0, 224\)"),
+        ({"size": (224, 224, 3)}, "size must be pixels"),
+        ({"size": 0}, "size must be pixels"),
+        ({"size": "large"}, "size must be pixels"),
     ],
 )
 def test_options_that_do_not_fit(network, tmp_path, options, message):

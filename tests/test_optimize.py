@@ -176,6 +176,37 @@ def test_state_dict_and_checkpoints_are_those_of_before(tmp_path):
     assert all(torch.equal(tensor, changed[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("given", [("query", "value"), ("key",), ()])
+def test_parts_of_a_state_dict_load_as_before(given, assign):
+    """What is not given stays as it is, and is reported under the names that state dicts have."""
+    model = _model(NatForImageClassification)
+    plain = copy.deepcopy(model)
+    nbhd.optimize_for_inference(model, dtype=None)
+    attention = "nat.encoder.levels.0.layers.0.attention.self."
+    state = {name: tensor + 1 for name, tensor in plain.state_dict().items()}
+    state = {
+        name: tensor for name, tensor in state.items()
+        if not name.startswith(attention) or name.endswith("rpb") or name.removeprefix(attention).split(".")[0] in given
+    }  # fmt: skip
+    found, expected = (each.load_state_dict(state, strict=False, assign=assign) for each in (model, plain))
+    assert sorted(found.missing_keys) == sorted(expected.missing_keys) != []
+    assert found.unexpected_keys == expected.unexpected_keys == []
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{attention}"):
+        model.load_state_dict(state)
+
+
+def test_misshapen_and_unknown_parts_are_named():
+    model = nbhd.optimize_for_inference(_model(NatForImageClassification, qkv_bias=False), dtype=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    key = "nat.encoder.levels.0.layers.0.attention.self.key"
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {key}\.weight: .*\[8, 7\].*\[8, 8\]"):
+        model.load_state_dict(before | {f"{key}.weight": torch.ones(8, 7)})
+    assert model.load_state_dict(before | {f"{key}.bias": torch.ones(8)}, strict=False) == ([], [f"{key}.bias"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_twice_is_once():
     model = nbhd.optimize_for_inference(_model(NatModel), dtype=None)
     again = nbhd.optimize_for_inference(model, dtype=None)

@@ -216,11 +216,30 @@ def _split(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any)
                 state[f"{prefix}{part}.{name}"] = tensor.clone()  # files take no tensors that share memory
 
 
-def _join(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _join(
+    module: Any, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+    unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    """Put query, key and value together; what is not given, or of another shape, stays, and is reported by its name."""
     for name in ("weight", "bias"):
-        keys = [f"{prefix}{part}.{name}" for part in PARTS]
-        if all(key in state for key in keys):
-            state[f"{prefix}qkv.{name}"] = torch.cat([state.pop(key) for key in keys])
+        own = getattr(module.qkv, name)
+        if own is None or f"{prefix}qkv.{name}" in state:
+            continue
+        kept = own.detach().chunk(3)
+        given = [state.pop(f"{prefix}{part}.{name}", None) for part in PARTS]
+        for i, part in enumerate(PARTS):
+            key, tensor = f"{prefix}{part}.{name}", given[i]
+            if tensor is None:
+                missing.append(key)
+            elif tensor.shape != kept[i].shape:
+                errors.append(
+                    f"size mismatch for {key}: copying a param with shape {tensor.shape} from checkpoint, the shape in "
+                    f"current model is {kept[i].shape}."
+                )
+                given[i] = None
+        device = next((tensor.device for tensor in given if tensor is not None), own.device)
+        thirds = [here if tensor is None else tensor for here, tensor in zip(kept, given, strict=True)]
+        state[f"{prefix}qkv.{name}"] = torch.cat([third.to(device) for third in thirds])
 
 
 def _first_weight(nats: list[nn.Module]) -> Tensor:

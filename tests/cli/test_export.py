@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
+from safetensors.torch import load_file, save_file
 
+from nbhd.cli.export import Part, _load
 from tests.commands import nbhd
 from tests.pictures import noise
 from tests.tiny import LABELS
@@ -73,6 +78,8 @@ def test_int8_calibrated_on_pictures_names_those_that_fail(tiny_model, tmp_path)
     assert run.exit_code == 1
     assert "broken.png" in run.stderr
     assert "56x56" in run.stderr
+    assert "on the calibration pictures" in run.stderr
+    assert "pictures calibrated with: 3. With so few" in run.stderr
     assert _results(PHOTOS / "church.jpg", "--model", output)[0]["predictions"]
 
 
@@ -122,6 +129,149 @@ def test_a_file_that_computes_something_else_is_not_written(tiny_model, tmp_path
     assert run.exit_code == 2
     assert "was not written" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_an_int8_file_is_compared_on_its_pictures(tiny_model, tmp_path, monkeypatch):
+    """As far as they tell, a wrong file is not put in place, nor does it replace one that is there."""
+    from nbhd.export import check, subject
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(20):
+        noise(60 + i, 60, seed=i).save(pictures / f"{i}.png")
+    output = tmp_path / "int8.onnx"
+    output.write_bytes(b"before")
+
+    def export(model, path, *args, calibration=None, **rest):
+        path.write_bytes(b"int8")
+        for _ in calibration or ():
+            pass
+        return subject.facts_of(model)
+
+    monkeypatch.setattr("nbhd.export.export", export)
+    monkeypatch.setattr("nbhd.export.open_exported", lambda path: None)
+    seen: list = []
+    answers: list[float] = []
+
+    def difference(model, exported, facts, *batches):
+        seen.append([tuple(pixels.shape) for pixels in batches[0]] if batches else None)
+        return answers[-1]
+
+    monkeypatch.setattr(check, "largest_difference", difference)
+    args = ("export", tiny_model, "--to", "onnx", "--int8", "-o", output)
+    calibrated = (*args, "--calibrate", pictures)
+    for answer, call, message in (
+        (float("inf"), calibrated, "differ from the model's by inf of the largest even on these pictures"),
+        (float("nan"), calibrated, "they do not suit, and it was not written. Name a folder with some dozens"),
+        (0.31, calibrated, "more than 0.3"),
+        (0.31, args, "it was not written. Give pictures with --calibrate, or leave out --int8"),
+    ):
+        answers.append(answer)
+        run = nbhd(*call)
+        assert run.exit_code == 2
+        assert message in run.stderr
+        assert output.read_bytes() == b"before"
+    assert seen == [[(1, 3, 56, 56)] * 7] * 3 + [None]
+    answers.append(0.29)
+    assert nbhd(*args).exit_code == 0
+    assert output.read_bytes() == b"int8"
+
+
+def test_pictures_of_one_colour_calibrate_nothing(tiny_model, tmp_path):
+    generator = np.random.default_rng(0)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, colour in enumerate((0, 130, 255)):
+        PIL.Image.new("RGB", (70, 60), (colour, 10, 20)).save(pictures / f"{i}.png")
+    PIL.Image.fromarray(generator.integers(0, 20, (60, 70, 3), dtype=np.uint8)).save(pictures / "dark.png")
+    args = ("--to", "onnx", "--int8", "--calibrate", pictures, "-o", tmp_path / "int8.onnx")
+    run = nbhd("export", tiny_model, *args)
+    assert run.exit_code == 2
+    assert "hardly more than one colour" in run.stderr
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+# ---- parts of a folder
+
+
+def _saved(folder: Path, kind: str, without: str = "", **options: object) -> Path:
+    """A folder of this kind; its weights whose names contain ``without`` are taken out of the file."""
+    import nbhd.models
+
+    settings = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "kernel_size": 3, "dilations": [[1], [2]]}
+    getattr(nbhd.models, kind)(nbhd.models.NatConfig(**settings, **options)).save_pretrained(folder)
+    if without:
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: value for name, value in weights.items() if without not in name}
+        assert len(kept) < len(weights)
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "without", "args", "message"),
+    [
+        ("NatForImageClassification", "levels.1.layers", ["--part", "features"], "17 of the weights of a NatModel"),
+        ("NatForImageClassification", "levels.1.layers", ["--part", "backbone"], "17 of the weights of a NatBackbone"),
+        ("NatForImageClassification", "layernorm.weight", ["--part", "features"], "(layernorm.weight)"),
+        ("NatBackbone", "embeddings.norm.bias", [], "(embeddings.norm.bias)"),
+        ("NatBackbone", "hidden_states_norms.stage2.bias", [], "(hidden_states_norms.stage2.bias)"),
+    ],
+)
+def test_a_part_that_lacks_weights_is_refused(tmp_path, kind, without, args, message):
+    folder = _saved(tmp_path / "folder", kind, without)
+    output = tmp_path / "part.onnx"
+    run = nbhd("export", folder, "--to", "onnx", "-o", output, *args)
+    assert run.exit_code == 2
+    assert "lacks" in run.stderr and message in run.stderr
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "without", "part", "stages"),
+    [
+        ("NatForImageClassification", "classifier", Part.features, None),
+        ("NatForImageClassification", "", None, "stem,stage2"),
+        ("NatModel", "layernorm.", Part.backbone, None),
+        ("NatBackbone", "", None, "stage1,stage2"),
+        ("NatBackbone", "", Part.features, None),
+    ],
+)
+def test_norms_of_another_kind_of_model_may_be_missing(tmp_path, kind, without, part, stages):
+    folder = _saved(tmp_path / "folder", kind, without)
+    network, _ = _load(str(folder), part, stages)
+    saved = load_file(folder / "model.safetensors")
+    body = {name.removeprefix("nat."): value for name, value in saved.items()}
+    for name, value in network.state_dict().items():
+        start = float("weight" in name)
+        assert (value == body[name]).all() if name in body else (value == start).all(), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "stages"),
+    [
+        ("NatForImageClassification", Part.features, None),
+        ("NatForImageClassification", None, "stage1,stage2"),
+        ("NatForImageClassification", None, None),
+        ("NatModel", None, None),
+        ("NatBackbone", None, None),
+    ],
+)
+def test_parts_of_a_dinat_of_transformers(tmp_path, kind, part, stages):
+    nat = _saved(tmp_path / "nat", kind)
+    dinat = shutil.copytree(nat, tmp_path / "dinat")
+    weights = load_file(nat / "model.safetensors")
+    weights = {f"di{name}" if name.startswith("nat.") else name: value for name, value in weights.items()}
+    save_file(weights, dinat / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((nat / "config.json").read_text())
+    config |= {"model_type": "dinat", "architectures": [kind.replace("Nat", "Dinat")]}
+    (dinat / "config.json").write_text(json.dumps(config))
+    (found, _), (expected, _) = (_load(str(folder), part, stages) for folder in (dinat, nat))
+    assert type(found) is type(expected)
+    assert found.config.dilations == [[1], [2]]
+    wanted = expected.state_dict()
+    assert found.state_dict().keys() == wanted.keys()
+    assert all((value == wanted[name]).all() for name, value in found.state_dict().items())
 
 
 def test_runtimes_that_do_not_fit_the_model(onnx_file, tiny_model, monkeypatch):

@@ -32,8 +32,8 @@ def convert(
         typer.Option(
             min=1,
             metavar="PIXELS",
-            help="Side of the images the model is given; default: as the checkpoint's folder says, or 512 for a "
-            "segmenter, or 224.",
+            help="Side of the images the model is given, all else as the checkpoint's folder says; default: as it says "
+            "too, or 512 for a segmenter, or 224.",
         ),
     ] = None,
     dilations: Annotated[
@@ -72,6 +72,11 @@ def convert(
         note("without dilations; if it is a DiNAT, give them with --dilations")
     if done.left_out:
         note(f"left out, because transformers has no such head: {', '.join(done.left_out)}")
+    if done.config.num_channels != 3:
+        note(
+            f"num_channels is {done.config.num_channels}: images are not made RGB; see that image_mean and "
+            "image_std in preprocessor_config.json are those it was trained with"
+        )
     typer.echo(output)
 
 

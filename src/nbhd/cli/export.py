@@ -25,6 +25,18 @@ CALIBRATION_PICTURES = 256
 #: Largest difference to the model that a floating-point file may have, as a share of its largest output.
 TOLERANCE = 1e-4
 
+#: The same of an int8 file, on pictures it was calibrated with: a usual one has a few hundredths.
+TOLERANCE_INT8 = 0.3
+
+#: Fewer pictures than this may well leave out ranges that others reach.
+FEW_PICTURES = 16
+
+#: Contrast that some picture must have, as a share of black to white.
+LEAST_CONTRAST = 0.1
+
+#: Of the pictures calibrated with, how many an int8 file is compared with the model on.
+COMPARED_PICTURES = 8
+
 
 class Target(StrEnum):
     """The format."""
@@ -73,7 +85,8 @@ def export(
 
     The file takes any batch, height and width, unless --size names one size. Labels and preprocessing travel inside it,
     so that nbhd classify and nbhd evaluate take it as a model. Before it is put in place it is run, at sizes it has not
-    been traced with, and compared with the model. ONNX files are in standard operators only.
+    been traced with or on pictures it was calibrated with, and compared with the model. ONNX files are in standard
+    operators only.
 
     \b
     Examples:
@@ -102,21 +115,41 @@ def export(
             calibration=examples,
         )  # fmt: skip
         with torch.inference_mode():
-            difference = largest_difference(network, open_exported(path), facts)
-        if not int8 and not difference <= TOLERANCE:
-            raise BackendError(
-                f"the file's outputs differ from the model's by {difference:.1e} of the largest: it was not written. "
-                "Please report it."
-            )
+            compared = () if examples is None else (examples.compared(),)
+            difference = largest_difference(network, open_exported(path), facts, *compared)
+        _check_difference(difference, int8, calibrate)
         with write_whole(output) as stream:
             stream.write(path.read_bytes())
     sizes = "x".join(map(str, fixed)) if fixed else "any size"
-    note(f"{facts.task}, {sizes}, outputs {', '.join(facts.outputs)}; differs from PyTorch by {difference:.1e}")
+    on = "" if examples is None else " on the calibration pictures"
+    note(f"{facts.task}, {sizes}, outputs {', '.join(facts.outputs)}; differs from PyTorch by {difference:.1e}{on}")
+    if examples is not None and examples.read < FEW_PICTURES:
+        note(
+            f"pictures calibrated with: {examples.read}. With so few it may be further off on others; take some dozens"
+        )
     if facts.needs_nbhd:
         note("it calls nbhd's operator: `import nbhd` before it runs, or export it with --standalone")
     typer.echo(output)
     if examples is not None and examples.failed:
         raise typer.Exit(SOME_INPUTS_FAILED)
+
+
+def _check_difference(difference: float, int8: bool, calibrate: str | None) -> None:
+    if difference <= (TOLERANCE_INT8 if int8 else TOLERANCE):  # which NaN is not
+        return
+    found = f"the file's outputs differ from the model's by {difference:.1e} of the largest"
+    if not int8:
+        raise BackendError(f"{found}: it was not written. Please report it.")
+    if calibrate is None:
+        raise BackendError(
+            f"{found}, more than {TOLERANCE_INT8}: it was not written. Give pictures with --calibrate, or leave out "
+            "--int8."
+        )
+    raise ArgumentError(
+        f"--calibrate {calibrate}: {found} even on these pictures, more than {TOLERANCE_INT8}: they do not suit, and "
+        "it was not written. Name a folder with some dozens of the pictures that the model is for, or leave out "
+        "--calibrate."
+    )
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -177,25 +210,39 @@ def _load(model: str | None, part: Part | None, stages: str | None) -> tuple[Any
     except Exception as error:
         raise CheckpointError(f"{named} is not a model: {' '.join(str(error).split())[:300]}") from error
     saved_as = next(iter(config.architectures or []), "")
-    if part is None and not saved_as.endswith(("Backbone", "NatModel")):
+    if part is None and not saved_as.endswith(("Backbone", "NatModel", "DinatModel")):
         return _load(model, Part.classifier, None)
-    if config.model_type != "nat":
+    if config.model_type not in ("nat", "dinat"):
         raise CheckpointError(f"--part {part} is for NAT models, {named} is a {config.model_type}.")
-    if part is Part.backbone or (part is None and saved_as.endswith("Backbone")):
+    is_backbone = saved_as.endswith("Backbone")
+    others = [stage for stage in config.stage_names if not is_backbone or stage not in config.out_features]
+    # Norms that the folder's own kind has no place for; they start as ones and zeros.
+    absent = (*(f"hidden_states_norms.{stage}." for stage in others), *(["layernorm."] if is_backbone else []))
+    if part is Part.backbone or (part is None and is_backbone):
         chosen = {} if stages is None else {"out_features": [stage.strip() for stage in stages.split(",")]}
-        network = _from_pretrained(NatBackbone, folder, named, **chosen)
+        network = _from_pretrained(NatBackbone, folder, named, absent, **chosen)
     else:
-        network = _from_pretrained(NatModel, folder, named)
+        network = _from_pretrained(NatModel, folder, named, absent)
     return network, load_processor(folder, str(named))
 
 
-def _from_pretrained(kind: Any, folder: Path, named: object, **options: Any) -> Any:
+def _from_pretrained(kind: Any, folder: Path, named: object, absent: tuple[str, ...], **options: Any) -> Any:
+    """The network, none of whose weights is missing but those that start with one of ``absent``."""
     import torch
 
     try:
-        return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options).eval()
+        network, info = kind.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+        )
     except Exception as error:  # transformers, safetensors and torch raise each their own kinds for a bad checkpoint
         raise CheckpointError(f"cannot load {named}: {' '.join(str(error).split())[:300]}") from error
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(absent))
+    if missing:
+        raise CheckpointError(
+            f"{named} lacks {len(missing)} of the weights of a {kind.__name__} ({', '.join(missing[:3])}): its outputs "
+            "would be random. Name a folder with all of them."
+        )
+    return network.eval()
 
 
 class _Examples:
@@ -213,11 +260,22 @@ class _Examples:
             self._inputs.append(item)
         step = max(1, len(self._inputs) // CALIBRATION_PICTURES)  # spread over the folder
         self._inputs = self._inputs[::step][:CALIBRATION_PICTURES]
+        self._kept: list[Any] = []
+        self.read = 0
+
+    def compared(self) -> list[Any]:
+        """Some of the pictures that there were, as tensors."""
+        import torch
+
+        return [torch.from_numpy(pixels) for pixels in self._kept]
 
     def __iter__(self) -> Iterator[Any]:
+        import numpy as np
+        import PIL.Image
+
         from nbhd.tasks.images import ImageError, decode_image
 
-        found = 0
+        contrast, every = 0.0, -(-len(self._inputs) // COMPARED_PICTURES)
         for item in track(self._inputs, len(self._inputs), "calibrating"):
             try:
                 image = decode_image(item.path)
@@ -225,7 +283,20 @@ class _Examples:
                 self.failed += 1
                 note(f"{item.path}: {error.reason}")
                 continue
-            found += 1
-            yield self._processor(images=image, return_tensors="np")["pixel_values"]
-        if not found:
+            pixels = self._pixels(image)
+            if self.read % every == 0:
+                self._kept.append(pixels)
+            self.read += 1
+            contrast = max(contrast, float(np.ptp(pixels, (2, 3)).max()))
+            yield pixels
+        if not self.read:
             raise ArgumentError("--calibrate: no picture in the folder can be read.")
+        black, white = (self._pixels(PIL.Image.new("RGB", (64, 64), (value,) * 3)) for value in (0, 255))
+        if contrast < LEAST_CONTRAST * np.abs(white - black).max():
+            raise ArgumentError(
+                "--calibrate: the pictures in the folder are each of hardly more than one colour, which tells no "
+                "ranges. Name a folder with some dozens of the pictures that the model is for."
+            )
+
+    def _pixels(self, image: Any) -> Any:
+        return self._processor(images=image, return_tensors="np")["pixel_values"]

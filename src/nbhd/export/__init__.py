@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ def export(
     to: Literal["onnx", "torch-export", "aoti"] = "onnx",
     *,
     processor: Any = None,
-    size: tuple[int, int] | None = None,
+    size: int | tuple[int, int] | None = None,
     standalone: bool = False,
     int8: bool = False,
     calibration: Iterable[np.ndarray] | None = None,
@@ -45,9 +46,9 @@ def export(
         to: ``"onnx"``, in standard operators; ``"torch-export"``, for ``torch.export.load``; ``"aoti"``, compiled for
             this machine, for ``torch._inductor.aoti_load_package``.
         processor: the image processor, whose settings travel in the file.
-        size: the one (height, width) in pixels that the file takes; None for any. The batch is always free. A compiled
-            package takes one size: None is then what the processor gives (PyTorch 2.13 cannot compile the convolutions
-            of a map whose sides are open).
+        size: the one (height, width) in pixels that the file takes, or a square's side; None for any. The batch is
+            always free, from 1. A compiled package takes one size: None is then what the processor gives (PyTorch 2.13
+            cannot compile the convolutions of a map whose sides are open).
         standalone: for ``"torch-export"`` and ``"aoti"``: write attention out in PyTorch's own operations, so that
             nothing has to be imported to run the file. Otherwise it calls nbhd's operator, which is faster and needs
             ``import nbhd`` first. ONNX files are always standalone.
@@ -75,6 +76,7 @@ def export(
         raise ArgumentError(f"int8 is for ONNX files, got to={to!r}. Use to='onnx'.")
     if calibration is not None and not int8:
         raise ArgumentError("calibration is for int8 files, got int8=False. Use int8=True.")
+    fixed = None if size is None else _pair(size)
     if standalone and to == "onnx":
         standalone = False
     weights = list(model.parameters())
@@ -83,12 +85,12 @@ def export(
             f"the model must be float32 on the CPU, got {weights[0].dtype} on {weights[0].device}. "
             "Use model.float().cpu()."
         )
-    if to == "aoti" and size is None:
+    if to == "aoti" and fixed is None:
         given = facts_of(model, processor).image_size
         if given is None:
             raise ArgumentError("to='aoti' compiles for one image size, which the processor does not say. Give size.")
-        size = (given[0], given[1])
-    facts = facts_of(model, processor, size)
+        fixed = (given[0], given[1])
+    facts = facts_of(model, processor, fixed)
     kind = ("dynamic" if calibration is None else "static") if int8 else None
     facts = dataclasses.replace(facts, needs_nbhd=to != "onnx" and not standalone, int8=kind)
     subject = Outputs(model, facts.task).eval()
@@ -104,3 +106,14 @@ def export(
     with write_whole(path) as stream:
         stream.write(content)
     return facts
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    try:
+        height, width = (index(side) for side in sides)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1 or any(isinstance(side, bool) for side in sides):
+        raise ArgumentError(f"size must be pixels, as 224 or (224, 320) (height, width), got {size!r}.")
+    return height, width

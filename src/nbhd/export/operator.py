@@ -52,7 +52,7 @@ def attend(
     n, t, s, rows = blocks.number, blocks.queries, blocks.keys, groups * blocks.queries
 
     # [batch, *outer, block * kv_heads, groups * T, dim], and keys and values to multiply that with
-    q = (query * scale).to(dtype).index_select(axis, blocks.query_position)
+    q = (query.to(dtype) * scale).index_select(axis, blocks.query_position)
     q = q.reshape(batch, *outer, n, t, kv_heads, groups, dim).movedim(-4, -2)
     q = q.reshape(batch, *outer, n * kv_heads, rows, dim)
     k = key.to(dtype).index_select(axis, blocks.key_position).reshape(batch, *outer, n, s, kv_heads, dim)

@@ -39,10 +39,12 @@ class ExportedModel:
         self.kind = kind
         self.facts = facts
         self._run = run
+        # A single label that is no label among many is a number.
+        single = "regression" if len(facts.labels) == 1 else None
         self.config = SimpleNamespace(
             num_labels=len(facts.labels),
             id2label=dict(enumerate(facts.labels)),
-            problem_type="multi_label_classification" if facts.multi_label else None,
+            problem_type="multi_label_classification" if facts.multi_label else single,
         )
 
     def __call__(self, pixel_values: Tensor) -> SimpleNamespace:

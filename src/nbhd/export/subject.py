@@ -17,6 +17,9 @@ INPUT = "pixel_values"
 #: The number of the layout of `Facts`, for readers of later versions.
 FORMAT = 1
 
+#: The outputs of a model without a head, those that it has.
+FEATURES = ("last_hidden_state", "pooler_output")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -26,7 +29,8 @@ class Facts:
         task: ``"image-classification"``, ``"backbone"`` or ``"image-feature-extraction"``.
         outputs: names of the outputs, in their order.
         labels: of a classifier, in the order of its logits.
-        multi_label: one label does not exclude another: probabilities are sigmoids instead of a softmax.
+        multi_label: one label does not exclude another: probabilities are sigmoids instead of a softmax. So is a single
+            label's, unless the model is for regression.
         preprocessing: the image processor's settings, as in ``preprocessor_config.json``; None if there was none.
         image_size: height and width in pixels of what the preprocessing gives; None where that depends on the image.
         fixed_size: the one height and width the file takes; None for any.
@@ -82,38 +86,67 @@ class Outputs(nn.Module):
         self.task = task
 
     def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The logits, the feature maps, or the last hidden state and its mean."""
+        """The logits, the feature maps, or the last hidden state and, of a model that has it, its mean."""
         found = self.model(pixel_values, return_dict=True)
         if self.task == "image-classification":
             logits: Tensor = found.logits
             return logits
         if self.task == "backbone":
             return tuple(found.feature_maps)
-        pooled = (found.pooler_output,) if found.pooler_output is not None else ()
-        return (found.last_hidden_state, *pooled)
+        return tuple(found[name] for name in FEATURES if found.get(name) is not None)
 
 
 def facts_of(model: Any, processor: Any = None, fixed_size: tuple[int, int] | None = None) -> Facts:
-    """What is to be known of a model of transformers and its image processor."""
+    """What is to be known of a model of transformers and its image processor.
+
+    Raises:
+        ArgumentError: the model is neither a classifier nor a backbone and has no ``last_hidden_state``.
+    """
     config = model.config
     if hasattr(model, "classifier") or type(model).__name__.endswith("ForImageClassification"):
         task, outputs = "image-classification", ["logits"]
     elif hasattr(config, "out_features") and type(model).__name__.endswith("Backbone"):
         task, outputs = "backbone", list(config.out_features)
     else:
-        task = "image-feature-extraction"
-        outputs = ["last_hidden_state"] + ["pooler_output"] * bool(getattr(model, "add_pooling_layer", True))
+        task, outputs = "image-feature-extraction", _features(model, fixed_size)
     classifies = task == "image-classification"
     return Facts(
         task=task,
         outputs=outputs,
         labels=[str(config.id2label.get(i, i)) for i in range(config.num_labels)] if classifies else [],
-        multi_label=classifies and (config.num_labels == 1 or config.problem_type == "multi_label_classification"),
+        multi_label=classifies
+        and (
+            config.problem_type == "multi_label_classification"
+            or (config.num_labels == 1 and config.problem_type != "regression")
+        ),
         preprocessing=None if processor is None else json.loads(processor.to_json_string()),
         image_size=_image_size(processor),
         fixed_size=None if fixed_size is None else list(fixed_size),
         channels=getattr(config, "num_channels", 3),
     )
+
+
+def _features(model: Any, size: tuple[int, int] | None) -> list[str]:
+    """The names of what a model without a head returns, told by a run."""
+    own = getattr(model.config, "image_size", None) or 224
+    height, width = size or (own if isinstance(own, (list, tuple)) else (own, own))
+    model.eval()
+    pixels = torch.zeros(1, getattr(model.config, "num_channels", 3), height, width, dtype=_dtype(model))
+    try:
+        with torch.no_grad():
+            found = model.forward(pixels, return_dict=True)  # not compiled, though it may be to be
+        names = [name for name in FEATURES if found.get(name) is not None]
+    except Exception as error:  # a model raises whatever it likes
+        raise ArgumentError(
+            f"this {type(model).__name__} does not take images of {height} x {width}. Give a size that it takes. "
+            f"It says: {_first_line(error)}"
+        ) from error
+    if names[:1] != ["last_hidden_state"]:
+        raise ArgumentError(
+            f"model must be a classifier, a backbone, or return a last_hidden_state, got a {type(model).__name__} that "
+            f"returns {', '.join(found)}. Export the backbone inside it."
+        )
+    return names
 
 
 def _image_size(processor: Any) -> list[int] | None:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,10 +17,10 @@ from transformers import AutoModelForImageClassification
 
 from nbhd.errors import ArgumentError, CheckpointError, FileError
 from nbhd.models._transformers import AutoImageProcessor
-from nbhd.models.nat import VARIANTS, NatConfig, NatForImageClassification
+from nbhd.models.nat import VARIANTS, NatConfig, NatForImageClassification, NatImageProcessor
 from nbhd.models.nat.convert_nat import build, convert_nat, read_labels
 from nbhd.models.nat.loading_nat import load_weights
-from nbhd.models.nat.original_nat import infer_config, rename, take_apart
+from nbhd.models.nat.original_nat import _ratio, infer_config, rename, take_apart
 from tests.commands import nbhd
 from tests.fixtures.nat_reference import fill_weights
 from tests.models.nat.original import OriginalNat
@@ -50,7 +52,8 @@ def test_converted_model_gives_the_original_logits(tmp_path: Path, settings: dic
         save_file(weights, file)
     elif wrap == "distributed":
         torch.save(
-            {"state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}, "args": argparse.Namespace(lr=1)}, file
+            {"state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}, "args": argparse.Namespace(lr=1)},
+            file,
         )
     else:
         torch.save(weights if wrap == "raw" else {wrap: weights, "epoch": 3}, file)
@@ -101,6 +104,87 @@ def test_folder_has_configuration_weights_and_image_processor(checkpoint: Path, 
     assert all(p.stat().st_mode & 0o777 == 0o666 & ~mask for p in (tmp_path / "out").iterdir())
 
 
+def folder_with(path: Path, processor: dict[str, Any]) -> Path:
+    NatForImageClassification(NatConfig(embed_dim=8, depths=[1], num_heads=[1], kernel_size=3)).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path
+
+
+NAT: dict[str, Any] = {"image_processor_type": "NatImageProcessor"}
+VIT: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "do_resize": True}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            NAT | {"size": {"shortest_edge": 240}, "crop_size": {"height": 224, "width": 224}},
+            {"size": {"shortest_edge": 102}, "crop_size": {"height": 96, "width": 96}},
+        ),
+        (
+            NAT | {"size": {"height": 300, "width": 400}, "crop_size": {"height": 200, "width": 300}},
+            {"size": {"height": 144, "width": 192}, "crop_size": {"height": 96, "width": 96}},
+        ),
+        (
+            NAT | {"size": {"shortest_edge": 224}, "do_center_crop": False},
+            {"size": {"shortest_edge": 96}, "do_center_crop": False},
+        ),
+        (NAT, {"size": {"shortest_edge": 109}, "crop_size": {"height": 96, "width": 96}}),
+        (VIT | {"size": {"height": 224, "width": 320}}, {"size": {"height": 96, "width": 96}}),
+        (VIT | {"size": 224}, {"size": 96}),
+        (
+            VIT | {"size": {"shortest_edge": 800, "longest_edge": 1333}},
+            {"size": {"shortest_edge": 96, "longest_edge": 159}},
+        ),
+        (VIT | {"size": [256, 256], "crop_size": 224}, {"size": [109, 109], "crop_size": 96}),
+    ],
+)
+def test_another_image_size_leaves_the_rest_of_the_image_processor(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    others = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "resample": 2, "rescale_factor": 0.5}
+    convert_nat(folder_with(tmp_path / "folder", before | others), tmp_path / "out", image_size=96)
+    found = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    wanted = before | others | after
+    assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("size", [{}, {"size": "large"}, {"size": {}}, {"size": {"shortest_edge": 0}}, {"size": []}])
+def test_an_image_processor_without_a_size_is_named(tmp_path: Path, size: dict[str, Any]) -> None:
+    folder = folder_with(tmp_path / "folder", VIT | size)
+    with pytest.raises(ArgumentError, match=r"image_size cannot be put into .*preprocessor_config\.json"):
+        convert_nat(folder, tmp_path / "out", image_size=96)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+@pytest.mark.parametrize("of", ["the original", "transformers"])
+def test_images_of_other_channels_than_rgb_reach_the_model(tmp_path: Path, channels: int, mode: str, of: str) -> None:
+    config = NatConfig(embed_dim=8, depths=[1], num_heads=[1], kernel_size=3, num_channels=channels)
+    NatForImageClassification(config).save_pretrained(tmp_path / "nat")
+    weights = OriginalNat(8, [2], [1], kernel_size=3, num_classes=6).state_dict()
+    weights["patch_embed.proj.0.weight"] = torch.randn(4, channels, 3, 3)
+    torch.save(weights, tmp_path / "nat.pth")
+    result = nbhd("convert", tmp_path / ("nat" if of == "transformers" else "nat.pth"), tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert f"num_channels is {channels}: images are not made RGB" in result.stderr
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert (processor.image_mean, processor.image_std) == ([0.449] * channels, [0.226] * channels)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    picture = PIL.Image.new(mode, (300, 260), (255,) * channels if channels > 1 else 255)
+    for image in (picture, np.asarray(picture)):
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, channels, 224, 224)
+        assert pixels.unique().item() == pytest.approx((1 - 0.449) / 0.226, abs=1e-5)
+        assert model(pixels).logits.shape == (1, model.config.num_labels)
+
+
+def test_images_of_three_channels_are_made_rgb(checkpoint: Path, tmp_path: Path) -> None:
+    result = nbhd("convert", checkpoint, tmp_path / "out")
+    assert "num_channels" not in result.stderr
+    assert NatImageProcessor.from_pretrained(tmp_path / "out").to_dict() == NatImageProcessor().to_dict()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_of_the_weights_stays(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.save(original().to(dtype).state_dict(), tmp_path / "nat.pth")
@@ -128,6 +212,30 @@ def test_labels_come_from_text_or_json(checkpoint: Path, tmp_path: Path, text: s
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == dict(enumerate("abcdef"))
     assert model.config.label2id["f"] == 5
+
+
+@pytest.mark.parametrize("text", ["a\nb\nc\nd\ne\nf\n", json.dumps(list("abcdef"))])
+def test_labels_may_begin_with_a_byte_order_mark(tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels").write_text(text, encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels") == list("abcdef")
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", "[]", "{}"])
+def test_empty_labels_are_refused(checkpoint: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(FileError, match=r"the labels in .*labels are none"):
+        convert_nat(checkpoint, tmp_path / "out", labels=tmp_path / "labels")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ratio_of_the_mlp_gives_its_channels_back() -> None:
+    for dim in (*range(2, 130, 2), 192, 224, 448):
+        for hidden in range(1, 4 * dim + 2):
+            for stage in range(4):
+                assert int(_ratio(hidden, dim) * (dim * 2**stage)) == hidden * 2**stage, (hidden, dim)
+    with torch.device("meta"):
+        weights = OriginalNat(56, [1], [1], kernel_size=3, mlp_ratio=61.5 / 56).state_dict()
+    assert int(infer_config(weights)[0].mlp_ratio * 56) == 61
 
 
 class Hostile:

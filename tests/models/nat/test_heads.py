@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from transformers import pipeline
 
+from nbhd.errors import CheckpointError
 from nbhd.models import NatBackbone
 from tests.models.nat.heads import HEADS, LABELS, SIZE, Head
 
@@ -74,6 +76,31 @@ def test_backbone_of_a_saved_head_loads_by_itself(head: Head, tmp_path: Path) ->
     assert backbone.out_features == [f"stage{stage}" for stage in head.stages]
     backbone.save_pretrained(tmp_path / "backbone")
     assert not NatBackbone.from_pretrained(tmp_path / "backbone", output_loading_info=True)[1]["missing_keys"]
+
+
+@every_head
+def test_a_dinat_inside_a_saved_head_loads_as_a_nat_with_dilations(head: Head, tmp_path: Path) -> None:
+    model = head.build().eval()
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["backbone_config"]["model_type"] = "dinat"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    backbone = NatBackbone.from_pretrained(tmp_path)
+    assert backbone.config.dilations == [[2], [1], [1], [1]]
+    assert backbone.out_features == [f"stage{stage}" for stage in head.stages]
+    pixels = head.inputs()["pixel_values"]
+    with torch.no_grad():
+        for found, expected in zip(backbone(pixels).feature_maps, inside(model)(pixels).feature_maps, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_folder_with_no_nat_inside_is_refused(tmp_path: Path) -> None:
+    HEADS["UperNet"].build().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for settings in ({"model_type": "resnet"}, None):
+        (tmp_path / "config.json").write_text(json.dumps(content | {"backbone_config": settings}))
+        with pytest.raises(CheckpointError, match="is a upernet, and its configuration names no NAT or DiNAT inside"):
+            NatBackbone.from_pretrained(tmp_path)
 
 
 @every_head

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageClassification
 from nbhd.errors import ArgumentError, CheckpointError, FileError
 from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatModel
 from nbhd.models.nat import VARIANTS
+from nbhd.models.nat.loading_nat import load_weights
 from tests.commands import nbhd
 from tests.fixtures import nat_reference
 from tests.fixtures.nat_reference import CASES, fill_weights
@@ -149,7 +151,8 @@ def test_command_converts_a_dinat_folder(tmp_path: Path) -> None:
     ).read_bytes()
     result = nbhd("convert", folder, tmp_path / "other", "--image-size", 64)
     assert result.exit_code == 0, result.stderr
-    assert "NatImageProcessor" in (tmp_path / "other" / "preprocessor_config.json").read_text()
+    content = json.loads((tmp_path / "other" / "preprocessor_config.json").read_text())
+    assert content == {"feature_extractor_type": "ViTFeatureExtractor", "size": 64}
 
 
 @pytest.mark.parametrize("damage", ["no weights", "half of them", "another type", "no json", "one weight missing"])
@@ -334,6 +337,35 @@ class Trap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpy_beside_the_weights_are_read(tmp_path: Path, zipped: bool) -> None:
+    """As timm stores its metric, written with NumPy 1 or 2."""
+    truth = original()
+    numbers = {"metric": np.float64(81.8), "epoch": np.int64(3), "best": [np.float32(1.5), np.bool_(True)]}
+    file = tmp_path / "nat.pth"
+    torch.save({"state_dict": truth.state_dict(), **numbers}, file, _use_new_zipfile_serialization=zipped)
+    assert {name: load_weights(file)[1][name] for name in numbers} == numbers
+    same(NatForImageClassification.from_pretrained(file)(PIXELS).logits, truth(PIXELS))
+    if not zipped:
+        old, new = b"numpy.core.multiarray", b"numpy._core.multiarray"
+        content = file.read_bytes()
+        for one, other in ((old, new), (new, old)):
+            file.write_bytes(content.replace(one, other))
+            assert load_weights(file)[1]["epoch"] == 3
+
+
+def test_other_objects_of_numpy_are_refused(tmp_path: Path) -> None:
+    for value in (np.ones(2), np.array([print]), np.str_("a"), np.void(b"abc"), np.datetime64("2024-01-01")):
+        torch.save({"state_dict": original().state_dict(), "metric": value}, tmp_path / "nat.pth")
+        with pytest.raises(CheckpointError, match=r"holds more than weights \(numpy"):
+            load_weights(tmp_path / "nat.pth")
+    content = {"state_dict": original().state_dict(), "metric": np.float64(1), "extra": Trap(tmp_path / "executed")}
+    torch.save(content, tmp_path / "nat.pth")
+    with pytest.raises(CheckpointError, match=r"mkdir.*could run code"):
+        load_weights(tmp_path / "nat.pth")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_hostile_pickles_and_other_files_are_refused(tmp_path: Path) -> None:

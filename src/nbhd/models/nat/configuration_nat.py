@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from nbhd.errors import ArgumentError
+from nbhd.errors import ArgumentError, CheckpointError
 from nbhd.models._transformers import BackboneConfigMixin
 from nbhd.models.nat.variants import VARIANTS
 
@@ -139,7 +139,13 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings in a folder or a hub repository, NAT's or DiNAT's, or those an original checkpoint tells."""
+        """The settings in a folder or a hub repository, NAT's or DiNAT's, or those an original checkpoint tells.
+
+        Of a model with a NAT or a DiNAT inside, such as a head with its backbone, they are those of what is inside.
+
+        Raises:
+            CheckpointError: the folder is of another model, without one inside.
+        """
         from nbhd.models.nat.loading_nat import find_file, folder_of, read_original
         from nbhd.models.nat.original_nat import infer_config
 
@@ -147,7 +153,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         if file is None or folder_of(file) is not None:
             name = pretrained_model_name_or_path if file is None else file.parent
             config_dict, kwargs = super().get_config_dict(name, **kwargs)
-            return _without_dinat(config_dict), kwargs
+            return _without_dinat(_inside(config_dict, name)), kwargs
         config, _ = infer_config(read_original(file), dilations=kwargs.get("dilations"))
         return config.to_dict(), {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_ARGUMENTS}
 
@@ -291,6 +297,20 @@ def _as_list(name: str, value: Any) -> list:
         )
     # what goes into a JSON must be Python's own numbers
     return [entry.tolist() if isinstance(entry, (np.generic, np.ndarray)) else entry for entry in value]
+
+
+def _inside(config_dict: dict[str, Any], name: object) -> dict[str, Any]:
+    """The settings of the NAT or the DiNAT that these are of, or that is in the model they are of."""
+    places = (config_dict, config_dict.get("backbone_config"), *config_dict.values())
+    for settings in places:
+        if isinstance(settings, dict) and settings.get("model_type", "") in ("nat", "dinat"):
+            return settings
+    if "model_type" not in config_dict:
+        return config_dict
+    raise CheckpointError(
+        f"{name} is a {config_dict['model_type']}, and its configuration names no NAT or DiNAT inside. Name a folder "
+        "of a NAT, or of a head with one."
+    )
 
 
 def _without_dinat(config_dict: dict[str, Any]) -> dict[str, Any]:

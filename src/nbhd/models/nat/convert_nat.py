@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from nbhd._files import write_json
 from nbhd.errors import ArgumentError, CheckpointError, FileError
 from nbhd.models.nat.configuration_nat import NatConfig
-from nbhd.models.nat.convert_upernet import build_upernet, is_upernet, upernet_image_processor
+from nbhd.models.nat.convert_upernet import build_upernet, is_upernet, mean_and_std, upernet_image_processor
 from nbhd.models.nat.image_processing_nat import NatImageProcessor
 from nbhd.models.nat.loading_nat import check_weights, find_file, folder_of, read_original, weights_for
 from nbhd.models.nat.modeling_nat import NatBackbone, NatForImageClassification, NatModel, NatPreTrainedModel
@@ -74,20 +74,23 @@ def convert_nat(
         labels: a file with the name of each class, see `read_labels`; default: the names in the checkpoint, or
             ``LABEL_0``, ...
         image_size: side of the images in pixels the image processor makes; default: as in the checkpoint's folder, or
-            512 for a segmenter, or 224.
+            512 for a segmenter, or 224. All else is as in the folder; without one, as the published models were
+            evaluated. Of images that are not RGB it takes the channels as they are, with ImageNet's mean and standard
+            deviation, averaged over the colours, for each.
         **settings: arguments of `NatConfig` that the weights do not tell, e.g. ``dilations`` or ``drop_path_rate``.
 
     Raises:
         FileError: the checkpoint or the labels cannot be read, or the folder cannot be written.
         CheckpointError: the checkpoint is not of a NAT, is damaged, or holds more than weights.
-        ArgumentError: the output exists, or the labels do not match the classifier.
+        ArgumentError: the output exists, the labels do not match the classifier, or the folder's image processor has no
+            size to change.
     """
     folder = _check_output(output)
     names = None if labels is None else read_labels(labels)
+    processor: Any = None
     own = Path(checkpoint) / _PROCESSOR
-    processor: Any = (
-        own if image_size is None and own.is_file() else NatImageProcessor.for_image_size(image_size or 224)
-    )
+    if own.is_file():
+        processor = own if image_size is None else _with_size(own, image_size)
     variant: str | None = None
     left_out: set[str] = set()
     file = find_file(checkpoint)
@@ -96,13 +99,13 @@ def convert_nat(
         config = model.config
     else:
         original = read_original(file or checkpoint)
-        names = names or original.classes
+        names = original.classes if names is None else names
         config, variant = infer_config(original, **settings)
         model = build(original, config)
         left_out = {name.split(".")[0] for name in original.heads}
         if is_upernet(original):
             left_out -= {"decode_head", "auxiliary_head"}
-            processor = upernet_image_processor(image_size or 512, model.config.num_labels)
+            processor = upernet_image_processor(image_size or 512, model.config.num_labels, config.num_channels)
     if names is not None and not isinstance(model, NatBackbone):
         if len(names) != model.config.num_labels:
             raise ArgumentError(
@@ -111,6 +114,11 @@ def convert_nat(
             )
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
+    if processor is None:
+        mean, std = mean_and_std(config.num_channels)
+        processor = NatImageProcessor.for_image_size(
+            image_size or 224, do_convert_rgb=config.num_channels == 3, image_mean=mean, image_std=std
+        )
     _write_folder(folder, model, processor)
     return Conversion(
         folder=folder,
@@ -186,14 +194,19 @@ def _read_folder(folder: Path, settings: dict[str, Any]) -> NatPreTrainedModel:
 
 
 def read_labels(path: str | os.PathLike[str]) -> list[str]:
-    """Class names from a file: JSON (a list, or an object from index to name) or text with one name a line."""
+    """Class names from a file: JSON (a list, or an object from index to name) or text with one name a line.
+
+    Raises:
+        FileError: it cannot be read, or holds no names.
+    """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"cannot read the labels in {path}: {getattr(error, 'strerror', None) or error}") from error
     if text.lstrip()[:1] not in ("{", "["):
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for line in text.splitlines()]
+        return _some([line for line in lines if line], path)
     try:
         content = json.loads(text)
         if isinstance(content, dict):
@@ -205,7 +218,55 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
         ) from error
     if not all(isinstance(name, str) for name in content):
         raise FileError(f"the labels in {path} must all be text. Give a JSON list of names.")
-    return content
+    return _some(content, path)
+
+
+def _some(names: list[str], path: Path) -> list[str]:
+    if not names:
+        raise FileError(f"the labels in {path} are none. Give a file with one name for each class, or leave it out.")
+    return names
+
+
+def _with_size(path: Path, image_size: int) -> dict[str, Any]:
+    """The settings of an image processor for images of another size: ``size`` and ``crop_size`` keep their ratio."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("image_processor_type") == NatImageProcessor.__name__:
+            settings = NatImageProcessor(**settings).to_dict()  # with the defaults for what it leaves out
+        crops = settings.get("do_center_crop", "crop_size" in settings) and settings.get("crop_size") is not None
+        side = min(_sides(settings["crop_size" if crops else "size"]))
+        for name in ("size", "crop_size"):
+            if settings.get(name) is not None:
+                _sides(settings[name])
+                is_result = (name == "crop_size") == crops
+                settings[name] = _scaled(settings[name], image_size, side, is_result)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArgumentError(
+            f"image_size cannot be put into {path}: it has no size or crop_size in pixels that could be changed. Leave "
+            "image_size out to copy it as it is."
+        ) from error
+    return settings
+
+
+def _sides(size: Any) -> list[int]:
+    """The numbers of an image processor's ``size``: an integer, a pair, or an object."""
+    sides = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list) else [size]
+    sides = [side for side in sides if side is not None]
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError("not in pixels")
+    return sides
+
+
+def _scaled(size: Any, image_size: int, side: int, is_result: bool) -> Any:
+    """``size`` times ``image_size / side``; what the images end up as is a square, unless only one edge is named."""
+    square = is_result and "shortest_edge" not in size if isinstance(size, dict) else is_result
+
+    def scale(number: Any) -> Any:
+        return None if number is None else image_size if square else max(1, number * image_size // side)
+
+    if isinstance(size, dict):
+        return {name: scale(number) for name, number in size.items()}
+    return [scale(number) for number in size] if isinstance(size, list) else scale(size)
 
 
 def _check_output(output: str | os.PathLike[str]) -> Path:

@@ -59,12 +59,21 @@ def build_upernet(original: Original, config: NatConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def upernet_image_processor(image_size: int, num_labels: int) -> dict[str, Any]:
+def mean_and_std(channels: int) -> tuple[list[float], list[float]]:
+    """ImageNet's mean and standard deviation of each channel; of other channels than RGB, averaged over the colours."""
+    if channels == len(IMAGENET_MEAN):
+        return list(IMAGENET_MEAN), list(IMAGENET_STD)
+    mean, std = (round(sum(values) / len(values), 6) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return [mean] * channels, [std] * channels
+
+
+def upernet_image_processor(image_size: int, num_labels: int, channels: int = 3) -> dict[str, Any]:
     """Settings of an image processor to squares of ``image_size`` pixels, normalised as the published models' were.
 
     mmsegmentation keeps a picture's proportions instead, with a shorter side of 512 pixels.
     """
     # Not an object of the class: in some versions of transformers (5.5 to 5.20) it asks for torchvision, without need.
+    mean, std = mean_and_std(channels)
     return {
         "image_processor_type": "SegformerImageProcessor",
         "do_resize": True,
@@ -73,8 +82,8 @@ def upernet_image_processor(image_size: int, num_labels: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        "image_mean": mean,
+        "image_std": std,
         "do_reduce_labels": num_labels == 150,  # ADE20K: 0 is no class
     }
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,25 @@ SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".safetensors")
 _NO_MODEL = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state.*)\.(pt|pth|bin)")
 #: What transformers itself would read in a folder, first found first.
 _WEIGHTS_OF_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
+
+
+def _scalar_of(core: str) -> Any:
+    def scalar(*arguments: Any) -> Any:
+        make: Any = np.float64(0).__reduce__()[0]
+        return make(*arguments)
+
+    scalar.__module__, scalar.__qualname__ = f"numpy.{core}.multiarray", "scalar"
+    return scalar
+
+
+#: What pickled numbers of NumPy are made of, under the names of its versions 1 and 2. The types of objects and of
+#: records are not among them: nothing but numbers comes of it.
+_NUMBERS: list[Any] = [
+    _scalar_of("core"),
+    _scalar_of("_core"),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+]
 
 
 def find_file(name: str | os.PathLike[str], subfolder: str = "") -> Path | None:
@@ -184,16 +204,16 @@ def _load(path: Path, mapped: bool = False) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        # timm, which trained the originals, stores its command line beside the weights; a Namespace holds plain
-        # values only.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        # timm, which trained the originals, stores its command line and its metric beside the weights: a Namespace,
+        # which holds plain values only, and a number of NumPy's.
+        with torch.serialization.safe_globals([argparse.Namespace, *_NUMBERS]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickles of other protocols, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except PermissionError as error:
         raise FileError(f"cannot read {path}: {error.strerror}. Check the file's permissions.") from error
     except Exception as error:
         # torch.load raises what its many readers raise: UnpicklingError, RuntimeError, EOFError, KeyError, ...
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if refused := re.search(r"(?:GLOBAL |but got <class ')([\w.]+)", str(error)):
             raise CheckpointError(
                 f"{path} holds more than weights ({refused[1]}) and was not loaded, because that could run code. "
                 "Save the model's state_dict() alone and use that."

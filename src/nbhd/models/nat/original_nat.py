@@ -21,6 +21,7 @@ model's.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -230,11 +231,17 @@ def _sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "depths": depths,
         "num_heads": [bias[0] for bias in biases],
         "kernel_size": (biases[0][1] + 1) // 2,
-        "mlp_ratio": _shape(state_dict, "levels.0.blocks.0.mlp.fc1.weight", 2)[0] / last[0],
+        "mlp_ratio": _ratio(_shape(state_dict, "levels.0.blocks.0.mlp.fc1.weight", 2)[0], last[0]),
         "qkv_bias": "levels.0.blocks.0.attn.qkv.bias" in state_dict,
         # Any value above 0 makes room for the weights; published models with layer scale started from this one.
         "layer_scale_init_value": 1e-5 if "levels.0.blocks.0.gamma1" in state_dict else 0.0,
     }
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """The ratio for which ``int(ratio * dim)`` is ``hidden``; the quotient itself may be rounded down to one less."""
+    ratio = hidden / dim
+    return ratio if int(ratio * dim) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _by_resolution(variants: list[str], name: str) -> list[str]:
