@@ -45,7 +45,8 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         qkv_bias: whether query, key and value have biases.
         hidden_dropout_prob: dropout after the stem and after the MLP.
         attention_probs_dropout_prob: dropout of the attention probabilities and after the output projection.
-        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first.
+        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first. Training on a CPU
+            skips what is dropped.
         hidden_act: activation of the MLP, a name transformers knows or a callable.
         initializer_range: standard deviation of the normal distribution that weights start from.
         layer_norm_eps: epsilon of the layer norms in the layers and at the end (those of the stem, between the stages

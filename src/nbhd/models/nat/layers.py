@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,10 +14,10 @@ from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from nbhd._modes import is_transformed
+from nbhd._modes import is_transformed, makes_a_graph
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.linear import Linear, joins
+from nbhd.linear import Linear, is_plain, joins
 from nbhd.models.nat.configuration_nat import NatConfig
 
 
@@ -104,6 +105,10 @@ class NatDropPath(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.drop_prob == 0.0 or not self.training:
             return hidden_states
+        return hidden_states * self.draw(hidden_states)
+
+    def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(B, 1, ...)``, what to multiply each sample with: 0 if its branch is dropped, else 1 / (1 - drop_prob)."""
         keep = 1 - self.drop_prob
         shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
         # Drawn in at least float32: in half precision keep + u rounds up to 1 too often.
@@ -111,7 +116,7 @@ class NatDropPath(nn.Module):
         factor = torch.rand(shape, dtype=dtype, device=hidden_states.device).add_(keep).floor_()
         if keep > 0:
             factor = factor.div_(keep)
-        return hidden_states * factor.to(hidden_states.dtype)
+        return factor.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"
@@ -248,13 +253,56 @@ class NatLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        branch = self.layernorm_before(hidden_states)
-        branch, probabilities = self._attend(branch, output_attentions)
-        hidden_states = hidden_states + self.drop_path(self._scale(branch, 0))
+        if not output_attentions and self._may_leave_out(hidden_states):
+            hidden_states = self._add_for_some(hidden_states, lambda some: self._attention_branch(some, False)[0])
+            return self._add_for_some(hidden_states, self._mlp_branch), None
+        branch, probabilities = self._attention_branch(hidden_states, output_attentions)
+        hidden_states = hidden_states + self.drop_path(branch)
+        return hidden_states + self.drop_path(self._mlp_branch(hidden_states)), probabilities
 
-        branch = self.output(self.intermediate(self.layernorm_after(hidden_states)))
-        hidden_states = hidden_states + self.drop_path(self._scale(branch, 1))
-        return hidden_states, probabilities
+    def _attention_branch(
+        self, hidden_states: torch.Tensor, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        branch, probabilities = self._attend(self.layernorm_before(hidden_states), output_attentions)
+        return self._scale(branch, 0), probabilities
+
+    def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._scale(self.output(self.intermediate(self.layernorm_after(hidden_states))), 1)
+
+    def _may_leave_out(self, hidden_states: torch.Tensor) -> bool:
+        """Whether images whose branch is dropped may be left out of it, and nobody can tell.
+
+        On CPUs alone: a GPU would have to be waited for. Not where a graph is made, where dropout draws random numbers
+        too, whose order would change, and not where somebody sees what goes through a module.
+        """
+        dropouts = (self.attention.self.dropout, self.attention.output.dropout, self.output.dropout)
+        return (
+            self.training
+            and type(self.drop_path) is NatDropPath
+            and 0 < self.drop_path.drop_prob < 1
+            and not makes_a_graph()
+            and type(hidden_states) is torch.Tensor
+            and hidden_states.device.type == "cpu"
+            and not is_transformed()
+            and not any(dropout.p for dropout in dropouts)
+            and all(is_plain(module) for module in self.modules())
+            and not nn.modules.module._has_any_global_hook()
+        )
+
+    def _add_for_some(
+        self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """``hidden_states + drop_path(branch(hidden_states))``, the branch computed for the images that keep it.
+
+        If none does it is computed for none, and gives all parameters gradients of zero.
+        """
+        drop_path = cast(NatDropPath, self.drop_path)
+        factors = drop_path.draw(hidden_states)
+        kept = factors.flatten().nonzero().flatten()
+        factor = 1 / (1 - drop_path.drop_prob)
+        if len(kept) == len(factors):
+            return torch.add(hidden_states, branch(hidden_states), alpha=factor)
+        return hidden_states.index_add(0, kept, branch(hidden_states.index_select(0, kept)), alpha=factor)
 
     def _attend(self, branch: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on a map padded to the window's size where it is smaller.
