@@ -275,7 +275,6 @@ class NatLayer(GradientCheckpointingLayer):
         On CPUs alone: a GPU would have to be waited for. Not where a graph is made, where dropout draws random numbers
         too, whose order would change, and not where somebody sees what goes through a module.
         """
-        dropouts = (self.attention.self.dropout, self.attention.output.dropout, self.output.dropout)
         return (
             self.training
             and type(self.drop_path) is NatDropPath
@@ -284,7 +283,7 @@ class NatLayer(GradientCheckpointingLayer):
             and type(hidden_states) is torch.Tensor
             and hidden_states.device.type == "cpu"
             and not is_transformed()
-            and not any(dropout.p for dropout in dropouts)
+            and not any(isinstance(module, nn.Dropout) and module.p for module in self.modules())
             and all(is_plain(module) for module in self.modules())
             and not nn.modules.module._has_any_global_hook()
         )
