@@ -183,12 +183,8 @@ def useful_flop(case: ModelCase) -> dict[str, int]:
         pixels = torch.zeros(case.batch, 3, case.side, case.side)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(pixels)
-    products = int(counter.get_total_flops())
-    config, attention, side = network.config, 0, case.side // network.config.patch_size
-    for stage, depth in enumerate(config.depths):
-        positions = max(side, config.kernel_size) ** 2  # a smaller map is padded
-        channels = config.embed_dim * 2**stage
-        attention += depth * 4 * case.batch * positions * config.kernel_size**2 * channels
-        side = -(-side // 2)
+    counts = counter.get_flop_counts()["Global"]
+    attention = int(counts[torch.ops.nbhd.na_forward])
+    products = sum(counts.values()) - attention
     # The gradient of a product is two products; that of the attention is counted as in `flops`.
     return {"inference": products + attention, "training_step": 3 * products + attention * 14 // 4}
