@@ -69,6 +69,18 @@ def test_results_and_gradients_are_those_of_computing_all(settings: dict[str, An
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
+def test_under_autocast_results_are_those_of_computing_all() -> None:
+    model, watched = network().float(), network().float()
+    watch(watched)
+    found = []
+    for each in (model, watched):
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(each(pixel_values=torch.randn(7, 3, 40, 36)).logits)
+        found[-1].float().sum().backward()
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
+
+
 def test_dropped_branches_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     attended, passed = images_seen(monkeypatch, NeighborhoodAttention), images_seen(monkeypatch, NatIntermediate)
     model = network(drop_path_rate=0.7)

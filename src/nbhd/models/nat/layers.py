@@ -301,7 +301,9 @@ class NatLayer(GradientCheckpointingLayer):
         factor = 1 / (1 - drop_path.drop_prob)
         if len(kept) == len(factors):
             return torch.add(hidden_states, branch(hidden_states), alpha=factor)
-        return hidden_states.index_add(0, kept, branch(hidden_states.index_select(0, kept)), alpha=factor)
+        some = branch(hidden_states.index_select(0, kept))
+        dtype = torch.promote_types(hidden_states.dtype, some.dtype)  # autocast makes them two
+        return hidden_states.to(dtype).index_add(0, kept, some.to(dtype), alpha=factor)
 
     def _attend(self, branch: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on a map padded to the window's size where it is smaller.
