@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,12 +148,7 @@ class _NeighborhoodAttention(nn.Module):
 
 def _as_int(entry: Any) -> Any:
     """An int for what counts as one, such as numpy's; all else as it is, for the operator to judge."""
-    if isinstance(entry, (bool, Tensor)):
-        return entry
-    try:
-        return operator.index(entry)
-    except TypeError:
-        return entry
+    return int(entry) if isinstance(entry, numbers.Integral) and not isinstance(entry, bool) else entry
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
