@@ -516,7 +516,8 @@ def _integer(name: str, given: Any) -> int:
 
 def _per_axis_bools(given: Any, axes: int) -> tuple[bool, ...]:
     values = given if isinstance(given, (tuple, list)) else (given,) * axes
-    if len(values) != axes or not all(isinstance(entry, bool) or type(entry).__name__ == "bool" for entry in values):
+    # NumPy's are called bool_ before its version 2
+    if len(values) != axes or not all(type(entry).__name__ in ("bool", "bool_") for entry in values):
         raise ArgumentError(f"is_causal must be a bool or {axes} of them, one per axis, got {given!r}.")
     return tuple(bool(entry) for entry in values)
 

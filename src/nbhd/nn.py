@@ -148,7 +148,7 @@ class _NeighborhoodAttention(nn.Module):
 
 def _as_int(entry: Any) -> Any:
     """An int for what counts as one, such as numpy's; all else as it is, for the operator to judge."""
-    return int(entry) if isinstance(entry, numbers.Integral) and not isinstance(entry, bool) else entry
+    return int(entry) if type(entry) is not bool and isinstance(entry, numbers.Integral) else entry
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
