@@ -75,9 +75,8 @@ struct RowGradient {
 // delta is summed over dP less the mean of some. Long rows are summed by parts.
 static RowGradient weights_and_delta(Real *scores, const Real *d_weights, int slots, bool holes, const RowLse &row) {
     constexpr int part = 4 * 64;
-    const auto one_in_four = [&](int i) {
-        return load(d_weights + (holes ? 0 : slots * i / 4) * lanes);
-    }; // the first is none
+    // the first slot is never a hole
+    const auto one_in_four = [&](int i) { return load(d_weights + (holes ? 0 : slots * i / 4) * lanes); };
     const Vec origin = row.is_large ? row_maximum(scores, slots) : row.lse,
               common = ((one_in_four(0) + one_in_four(1)) + (one_in_four(2) + one_in_four(3))) * splat(Real(0.25));
     Vec all{}, delta{};
