@@ -114,16 +114,18 @@ def facts_of(model: Any, processor: Any = None, fixed_size: tuple[int, int] | No
         task=task,
         outputs=outputs,
         labels=[str(config.id2label.get(i, i)) for i in range(config.num_labels)] if classifies else [],
-        multi_label=classifies
-        and (
-            config.problem_type == "multi_label_classification"
-            or (config.num_labels == 1 and config.problem_type != "regression")
-        ),
+        multi_label=classifies and is_multi_label(config),
         preprocessing=None if processor is None else json.loads(processor.to_json_string()),
         image_size=_image_size(processor),
         fixed_size=None if fixed_size is None else list(fixed_size),
         channels=getattr(config, "num_channels", 3),
     )
+
+
+def is_multi_label(config: Any) -> bool:
+    """Whether one label of a classifier does not exclude another. So it is of a single one, unless it is a quantity."""
+    single = config.num_labels == 1 and config.problem_type != "regression"
+    return bool(single or config.problem_type == "multi_label_classification")
 
 
 def _features(model: Any, size: tuple[int, int] | None) -> list[str]:

@@ -41,6 +41,13 @@ class Loaded:
     source: Path
     runtime: str = "torch"
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether one label does not exclude another, so that each gets a sigmoid instead of all a softmax."""
+        from nbhd.export.subject import is_multi_label
+
+        return is_multi_label(self.model.config)
+
 
 def is_exported(model: str | os.PathLike[str] | None) -> bool:
     """Whether this names a file that ``nbhd export`` wrote, by its ending."""

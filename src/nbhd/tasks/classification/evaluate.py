@@ -141,7 +141,7 @@ def check_measurable(loaded: Loaded) -> None:
     """Raise `ArgumentError` unless the model chooses one of several labels, which is what accuracy is measured of."""
     check_has_labels(loaded)
     config = loaded.model.config
-    if config.num_labels == 1 or config.problem_type == "multi_label_classification":
+    if loaded.is_multi_label:
         kind = "has one label" if config.num_labels == 1 else "gives a picture any number of labels"
         raise ArgumentError(
             f"the model {loaded.source} {kind} (num_labels {config.num_labels}, problem_type {config.problem_type!r}):"

@@ -72,8 +72,7 @@ class Classifier:
         self.runtime = loaded.runtime
         config = self.model.config
         self.labels = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
-        #: One label does not exclude another, so that each gets a sigmoid instead of all a softmax.
-        self.multi_label = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        self.multi_label = loaded.is_multi_label
         self._min_size = _smallest_useful(self.processor)
 
     def predict(

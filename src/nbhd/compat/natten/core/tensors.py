@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 
 from nbhd.compat.natten.core.signature import Signature, Unsupported
+from nbhd.functional import _autocast
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of an active autocast, float64 excepted. NATTEN up to 0.17 casts to float16 always."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype in _CAST else t for t in tensors)
-
-
-_CAST = (torch.float32, torch.float16, torch.bfloat16)
+    return _autocast(*tensors)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
