@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NBHD_ABI_VERSION 2
+#define NBHD_ABI_VERSION 3
 
 enum {
     NBHD_OK = 0,
@@ -35,7 +35,8 @@ enum {
     NBHD_BAD_GEOMETRY = 4, /* an axis table with an interval outside the axis, or out of order */
     NBHD_BAD_POINTER = 5,  /* a required pointer is null or misaligned for its type */
     NBHD_OUT_OF_MEMORY = 6,
-    NBHD_UNSUPPORTED = 7 /* no kernels for this machine or NBHD_CPU_ISA, or a field from the future is in use */
+    NBHD_UNSUPPORTED = 7, /* no kernels for this machine or NBHD_CPU_ISA, or a field from the future is in use */
+    NBHD_STALE_WEIGHT = 8 /* a packed weight is not, or not any more, that of its source */
 };
 
 enum { NBHD_FLOAT32 = 0, NBHD_BFLOAT16 = 1, NBHD_FLOAT16 = 2, NBHD_FLOAT64 = 3 };
@@ -88,6 +89,41 @@ NBHD_API int32_t nbhd_scores(const nbhd_call *call);
 NBHD_API int32_t nbhd_scores_backward(const nbhd_call *call);
 NBHD_API int32_t nbhd_weighted_sum(const nbhd_call *call);
 NBHD_API int32_t nbhd_weighted_sum_backward(const nbhd_call *call);
+
+/* The weight of a linear layer, packed in the order it is multiplied in. */
+typedef struct nbhd_weight {
+    int64_t out;         /* 0: there is no such layer */
+    const float *panels; /* [ceil(out / NBHD_PANEL)][in][NBHD_PANEL]; zeros past the last output */
+    const float *source; /* [out][in], dense, what `panels` was made of; or null. Some of its numbers are compared */
+    const float *bias;   /* [out], or null */
+} nbhd_weight;
+
+#define NBHD_PANEL 32
+
+/* Linear layers over rows of float32, and what stands around them in a transformer. Columns are contiguous; the output shares no
+ * memory with anything else. */
+typedef struct nbhd_linear_call {
+    int64_t size; /* sizeof(nbhd_linear_call) of the caller */
+    int64_t rows, in;
+    const float *input;
+    int64_t input_stride; /* from row to row, in elements, at least the number of columns; so are the others */
+    int64_t norm; /* 1: layer norm of the input's rows, with norm_weight and norm_bias, [in], or null; 0: none */
+    const float *norm_weight, *norm_bias;
+    double norm_epsilon;
+    nbhd_weight hidden; /* a layer and the exact GELU before the last layer */
+    nbhd_weight last;
+    int64_t gelu;       /* 1: the exact GELU after the last layer; 0: none */
+    const float *scale; /* [last.out], or null */
+    const float *residual;
+    int64_t residual_stride;
+    float *output; /* [rows][last.out] */
+    int64_t output_stride;
+    nbhd_parallel_for parallel_for;
+    int64_t threads;
+} nbhd_linear_call;
+
+/* output = residual + scale * gelu(last(gelu(hidden(norm(input))))), with those parts that are there. */
+NBHD_API int32_t nbhd_linear(const nbhd_linear_call *call);
 
 NBHD_API int32_t nbhd_abi_version(void);
 NBHD_API const char *

@@ -304,6 +304,7 @@ const char *nbhd_status_text(int32_t status) {
     case NBHD_BAD_GEOMETRY: return "an axis table does not describe windows inside the axis";
     case NBHD_BAD_POINTER: return "a required pointer is null or misaligned";
     case NBHD_OUT_OF_MEMORY: return "out of memory";
+    case NBHD_STALE_WEIGHT: return "a packed weight is not that of its source";
     case NBHD_UNSUPPORTED: return "no kernels for this machine, or NBHD_CPU_ISA names a set it does not have";
     default: return "unknown status";
     }

@@ -1,6 +1,6 @@
 // Which kernels this process uses: chosen once, at the first call.
 #pragma once
-#include "problem.h"
+#include "linear.h"
 
 namespace nbhd {
 
@@ -9,6 +9,7 @@ struct InstructionSet {
     bool (*usable)();
     bool (*worth_it)();              // on this machine, where nobody names it
     const Kernels *f32, *f64, *bf16; // arithmetic in float, in double; of bfloat16 tensors
+    LinearKernel const *linear;
 };
 
 // The best instruction set this machine has, or the one NBHD_CPU_ISA names; null when there is none.

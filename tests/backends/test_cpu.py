@@ -295,7 +295,7 @@ def test_the_library_shows_its_interface_and_needs_the_c_library_alone():
     """No torch, no OpenMP, no C++ runtime: one file for every one of them."""
 
     def readelf(option):
-        command = ["readelf", "--wide", option, str(cpu._library().path)]
+        command = ["readelf", "--wide", option, str(cpu.loaded_library().path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     needed = re.findall(r"NEEDED.*\[(.+?)\.so", readelf("--dynamic"))

@@ -27,7 +27,7 @@ from nbhd.qkv import Three
 
 NAME = "cpu"
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -63,9 +63,10 @@ class _Library:
         self.forward, self.backward = library.nbhd_forward, library.nbhd_backward
         self.scores, self.scores_backward = library.nbhd_scores, library.nbhd_scores_backward
         self.weighted_sum, self.weighted_sum_backward = library.nbhd_weighted_sum, library.nbhd_weighted_sum_backward
+        self.linear = library.nbhd_linear
         for entry in (
             self.forward, self.backward, self.scores, self.scores_backward, self.weighted_sum,
-            self.weighted_sum_backward,
+            self.weighted_sum_backward, self.linear,
         ):  # fmt: skip
             entry.restype, entry.argtypes = ctypes.c_int32, [ctypes.c_char_p]
         self.parallel_for = _torch_parallel_for()
@@ -125,7 +126,7 @@ def why_unusable() -> str | None:
 
 def description() -> str:
     """The library in use, its instruction set and its threads, for ``nbhd info``."""
-    library = _library()
+    library = loaded_library()
     threads = "torch's threads" if library.parallel_for else "its own threads"
     return f"{library.isa}, {threads}, {library.path}"
 
@@ -154,7 +155,7 @@ class PreparedCall:
         self, dtype: torch.dtype, query: _Layout, key: _Layout, value: _Layout, neighborhood: Neighborhood,
         scale: float,
     ) -> None:  # fmt: skip
-        self._library = _library()
+        self._library = loaded_library()
         self._arguments = neighborhood, scale
         heads, dim_v = key[0][-2], value[0][-1]
         # the header points into the tables
@@ -288,7 +289,7 @@ def scores(query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, neighborhood
     query, key = _rows(query), _rows(key)
     result = query.new_empty((*query.shape[:-1], neighborhood.slots))
     bias = _dense(rel_pos_bias, _real(query))
-    _run(_library().scores, query, key, key, neighborhood, scale, first=(query, key), bias=bias, weights=result)
+    _run(loaded_library().scores, query, key, key, neighborhood, scale, first=(query, key), bias=bias, weights=result)
     return result
 
 
@@ -301,7 +302,7 @@ def scores_backward(
     bias = _dense(rel_pos_bias, _real(query))
     d_bias = None if bias is None else torch.empty_like(bias)
     _run(
-        _library().scores_backward, query, key, key, neighborhood, scale,
+        loaded_library().scores_backward, query, key, key, neighborhood, scale,
         first=(query, key), gradients=(None, d_query, d_key), bias=bias, d_bias=d_bias, d_weights=d_scores,
     )  # fmt: skip
     if d_bias is not None and rel_pos_bias is not None:
@@ -314,7 +315,7 @@ def weighted_sum(weights: Tensor, value: Tensor, neighborhood: Neighborhood) -> 
     weights, value = _rows(weights), _rows(value)
     out = value.new_empty((*weights.shape[:-1], value.shape[-1]))
     _run(
-        _library().weighted_sum, out, value, value, neighborhood, 1.0,
+        loaded_library().weighted_sum, out, value, value, neighborhood, 1.0,
         first=(None, None, value, out), weights=weights,
     )  # fmt: skip
     return out
@@ -327,7 +328,7 @@ def weighted_sum_backward(
     d_out, weights, value = _rows(d_out.to(value.dtype)), _rows(weights), _rows(value)
     d_weights, d_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
     _run(
-        _library().weighted_sum_backward, d_out, value, value, neighborhood, 1.0,
+        loaded_library().weighted_sum_backward, d_out, value, value, neighborhood, 1.0,
         first=(None, None, value), gradients=(d_out, None, None, d_value), weights=weights, d_weights=d_weights,
     )  # fmt: skip
     return d_weights, d_value
@@ -339,7 +340,7 @@ def _run(
     d_bias: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | None = None,
 ) -> None:  # fmt: skip
     """A half: the geometry of these tensors; ``first`` and ``gradients`` are in the struct's order."""
-    library = _library()
+    library = loaded_library()
     # the header points into the tables, which live until the call is over, whatever other threads do
     header, _tables = _geometry(query.dtype, query.shape, key.shape[-2], value.shape[-1], neighborhood, scale)
     copies: list[Tensor] = []  # of what the library would not take; they live as long
@@ -364,17 +365,19 @@ def _run(
         + _WEIGHTS.pack(*numbers_of(weights), *numbers_of(d_weights))
     )
     if status:
-        _refused(library, status)
+        refused(library, status)
 
 
-def _library() -> _Library:
+def loaded_library() -> _Library:
+    """The library and what torch lends it; raises BackendError where there is none."""
     library = _load()
     if isinstance(library, str):
         raise BackendError(f"the cpu backend cannot run: {library}")
     return library
 
 
-def _refused(library: _Library, status: int) -> None:
+def refused(library: _Library, status: int) -> None:
+    """Raise BackendError with what the library says of a status."""
     raise BackendError(f"the native core refused the call: {library.status_text(status).decode()} (status {status}).")
 
 
@@ -382,7 +385,7 @@ def _usable(library: _Library, status: int, *tensors: Tensor | None) -> Any:
     """The tensors of a call that was refused, in memory that the library takes. Raises BackendError if it was that."""
     aligned = [None if t is None else _aligned(t) for t in tensors]
     if status != _BAD_POINTER or all(a is t for a, t in zip(aligned, tensors, strict=True)):
-        _refused(library, status)
+        refused(library, status)
     return aligned
 
 
