@@ -7,6 +7,7 @@ convolution's, the median of the rounds and its quartiles. `nbhd.linear` takes t
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -67,8 +68,9 @@ def compare(
             ) -> None:
                 torch.autograd.grad(call(*inputs), inputs, gradient)
 
-            plain, ours, ratios = in_turns(forward, rounds)
-            *_, ratios_of_both = in_turns(both, rounds)
+            ways = torch.nn.functional.linear, convolution
+            plain, ours, ratios = in_turns(*(functools.partial(forward, way) for way in ways), rounds)
+            *_, ratios_of_both = in_turns(*(functools.partial(both, way) for way in ways), rounds)
             typer.echo(f"{batch * rows:>6} x {inner:>4} -> {outer:<5} {plain:13.3f} {ours:13.3f} {spread(ratios):>26}"
                        f" {spread(ratios_of_both):>24}")  # fmt: skip
 
@@ -81,16 +83,16 @@ def convolution(batches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear.as_convolution(batches, weight, bias, images)
 
 
-def in_turns(run: Callable[[Callable[..., Tensor]], None], rounds: int) -> tuple[float, float, list[float]]:
-    """Medians in milliseconds of PyTorch's way and ours, and the ratios of each round."""
-    ways = (torch.nn.functional.linear, convolution)
+def in_turns(
+    first: Callable[[], object], second: Callable[[], object], rounds: int
+) -> tuple[float, float, list[float]]:
+    """Medians in milliseconds of the two, and their ratios in each round."""
     times: tuple[list[float], list[float]] = ([], [])
-    for way in ways:
-        run(way)
+    first(), second()
     for _ in range(rounds):
-        for way, samples in zip(ways, times, strict=True):
+        for run, samples in zip((first, second), times, strict=True):
             start = time.perf_counter()
-            run(way)
+            run()
             samples.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times[0]), statistics.median(times[1]), [a / b for a, b in zip(*times, strict=True)]
 
