@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nbhd
 from nbhd import linear, optimize, packed
+from nbhd.backends import cpu
 from nbhd.linear import Linear
 from nbhd.models import NatConfig, NatForImageClassification
 from nbhd.packed import PackedConv2d, PackedLinear
@@ -27,16 +28,19 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
     seen: list[torch.Size] = []
     of = packed._Packed.of
 
-    def spy(self: packed._Packed, weight: Tensor, pack: Callable[[Tensor], Tensor], *settings: object) -> Tensor:
+    def spy(
+        self: packed._Packed, weight: Tensor, pack: Callable[[Tensor], Tensor], *settings: object, compares: bool = True
+    ) -> Tensor:
         def noted(weight: Tensor) -> Tensor:
             seen.append(weight.shape)
             return pack(weight)
 
-        return of(self, weight, noted, *settings)
+        return of(self, weight, noted, *settings, compares=compares)
 
     monkeypatch.setattr(packed._Packed, "of", spy)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: True)
     monkeypatch.setattr(packed, "one_piece_is_faster", lambda: True)
+    monkeypatch.setattr(optimize, "packed_linear_gain", lambda: 1.25)
     yield seen
 
 
@@ -165,7 +169,7 @@ def test_biases_that_are_broadcast(shape: tuple[int, ...], packs: list[torch.Siz
 
 
 @pytest.mark.parametrize(
-    "what", ["gradient", "layout", "switch", "autocast", "vmap", "watched", "empty", "inference mode"]
+    "what", ["gradient", "layout", "negative", "autocast", "vmap", "watched", "empty", "inference mode"]
 )
 def test_what_is_not_packed(what: str, packs: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -173,8 +177,10 @@ def test_what_is_not_packed(what: str, packs: list[torch.Size], monkeypatch: pyt
     layer, batch = PackedLinear(plain), torch.randn(5, 64)
     if what == "layout":
         batch = torch.randn(64, 5).t()
-    elif what == "switch":
-        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    elif what == "negative":  # of which the library would see the numbers without their sign
+        batch = torch.randn(5, 64, dtype=torch.complex64).conj().imag.contiguous()
+        batch = torch.complex(torch.zeros(5, 64), batch).conj().imag
+        assert batch.is_neg()
     elif what == "empty":
         batch = batch[:0]
     elif what == "inference mode":
@@ -255,17 +261,20 @@ def test_a_layer_with_a_hook_keeps_it(packs: list[torch.Size]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "faster", "reason"),
+    ("options", "gain", "reason"),
     [
-        ({"dtype": None}, False, "not yet measured"),
-        ({"dtype": torch.bfloat16}, True, "for float32 on a CPU, not bfloat16"),
-        ({"dtype": None, "compile": True}, True, "compiled graphs"),
+        ({"dtype": None}, 0.8, "takes 1.2 times as long"),
+        ({"dtype": None}, 0.0, "no library today"),
+        ({"dtype": torch.bfloat16}, 2.0, "for float32 on a CPU, not bfloat16"),
+        ({"dtype": None, "compile": True}, 2.0, "compiled graphs"),
     ],
 )
 def test_where_nothing_is_packed(
-    options: dict, faster: bool, reason: str, monkeypatch: pytest.MonkeyPatch, packs: list[torch.Size]
+    options: dict, gain: float, reason: str, monkeypatch: pytest.MonkeyPatch, packs: list[torch.Size]
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(optimize, "packing_is_faster", lambda: faster)
+    monkeypatch.setattr(optimize, "packed_convolutions_are_faster", lambda: False)
+    monkeypatch.setattr(optimize, "packed_linear_gain", lambda: gain)
+    monkeypatch.setattr(cpu, "why_unusable", lambda: "no library today")
     model = nbhd.optimize_for_inference(small_nat(), **options)
     step = model.inference_report["packed weights"]
     assert not step.done and reason in step.reason

@@ -117,13 +117,21 @@ def runs_in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
 
     It may with float32 tensors in the CPU's memory, no gradient to come, in eager mode.
     """
+    # First of all whether a graph is made: a compiler would warn of the cache behind one_piece_is_faster.
     return (
         not makes_a_graph()
         and one_piece_is_faster()
         and bool(torch.backends.mkldnn.enabled)
-        and _suits(input, weight)
-        and _is_left_alone(input, weight, bias)
+        and is_left_to_us(input, weight, bias)
     )
+
+
+def is_left_to_us(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product may be made by other means than PyTorch's.
+
+    That is: plain float32 tensors in the CPU's memory, no gradient to come, in eager mode, and nobody watches.
+    """
+    return not makes_a_graph() and _suits(input, weight) and _is_left_alone(input, weight, bias)
 
 
 def _takes_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int = 1) -> bool:

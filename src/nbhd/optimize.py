@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nbhd.backends import cpu
 from nbhd.errors import ArgumentError
-from nbhd.functional import apply_attention_weights, attention_weights, na2d
 from nbhd.linear import Linear, is_plain
-from nbhd.packed import PackedConv2d, PackedLinear, packing_is_faster
+from nbhd.packed import PackedConv2d, PackedLinear, packed_convolutions_are_faster, packed_linear_gain
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,8 +67,9 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
 
     Evaluation mode, no gradients; dropout and drop path taken out; the three products for query, key and value of each
     neighborhood attention fused into one, whose result the operator reads through strided views, without copies
-    (attentions with hooks, adapters or a ``forward`` of their own stay as they are). On CPUs where it is faster
-    (`nbhd.packed.packing_is_faster`), float32 weights are kept a second time, in the order they are multiplied in.
+    (attentions with hooks, adapters or a ``forward`` of their own stay as they are). On CPUs where it is faster (it is
+    measured, once a process: `nbhd.packed`), float32 weights are kept a second time, in the order they are multiplied
+    in, and the native core makes the products with the norms, GELU and residuals around them.
 
     Args:
         model: `NatForImageClassification`, `NatModel`, `NatBackbone`, or any model with one of them inside. What is not
@@ -137,6 +138,7 @@ def _remove_dropout(nat: nn.Module) -> int:
 
 def _fuse(nat: nn.Module) -> tuple[int, int]:
     """How many attentions were fused, and how many had to be left."""
+    from nbhd.models.nat.inference_layers import FusedNeighborhoodAttention, may_be_fused
     from nbhd.models.nat.layers import NeighborhoodAttention
 
     fused = left = 0
@@ -144,102 +146,12 @@ def _fuse(nat: nn.Module) -> tuple[int, int]:
         for name, child in list(module.named_children()):
             if not isinstance(child, NeighborhoodAttention):
                 continue
-            if _may_be_fused(child):
+            if may_be_fused(child):
                 setattr(module, name, FusedNeighborhoodAttention(child))
                 fused += 1
             else:
                 left += 1
     return fused, left
-
-
-PARTS = ("query", "key", "value")
-
-
-def _may_be_fused(attention: Any) -> bool:
-    """Whether the weights are all that the attention computes with: no hooks, adapters or classes of their own."""
-    from nbhd.models.nat.layers import NeighborhoodAttention
-
-    parts = [getattr(attention, name) for name in PARTS]
-    return (
-        type(attention) is NeighborhoodAttention
-        and all(type(part) is Linear for part in parts)
-        and all(is_plain(layer) for layer in (attention, *parts))
-        and len({part.bias is None for part in parts}) == 1
-        and all(type(part.weight) is nn.Parameter for part in parts)
-        and len({(part.weight.dtype, part.weight.device) for part in parts}) == 1
-    )
-
-
-class FusedNeighborhoodAttention(nn.Module):
-    """`nbhd.models.nat.layers.NeighborhoodAttention` with one product for query, key and value; for inference.
-
-    State dicts have ``query``, ``key`` and ``value`` apart, as before.
-
-    Args:
-        attention: the layer to take the weights of.
-    """
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.num_attention_heads = attention.num_attention_heads
-        self.attention_head_size = attention.attention_head_size
-        self.kernel_size, self.dilation = attention.kernel_size, attention.dilation
-        self.rpb = attention.rpb
-        dim, has_bias = attention.all_head_size, attention.query.bias is not None
-        weight = attention.query.weight
-        self.qkv = Linear(dim, 3 * dim, bias=has_bias, device="meta")
-        for name in ("weight", "bias") if has_bias else ("weight",):
-            joined = torch.cat([getattr(getattr(attention, part), name).detach() for part in PARTS])
-            setattr(self.qkv, name, nn.Parameter(joined, requires_grad=False))
-        assert self.qkv.weight.dtype == weight.dtype
-        self.register_state_dict_post_hook(_split)
-        self.register_load_state_dict_pre_hook(_join)
-        self.train(attention.training)
-
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """``(B, H, W, dim)`` to the same, and the attention probabilities if asked for."""
-        parts = self.qkv(hidden_states).unflatten(-1, (3, self.num_attention_heads, self.attention_head_size))
-        query, key, value = parts.unbind(-3)  # views: the operator takes them as they lie
-        options: Any = {"dilation": self.dilation}
-        if not output_attentions:
-            return na2d(query, key, value, self.kernel_size, rel_pos_bias=self.rpb, **options).flatten(-2), None
-        weights = attention_weights(query, key, self.kernel_size, rel_pos_bias=self.rpb, **options)
-        context = apply_attention_weights(weights, value, self.kernel_size, **options)
-        return context.flatten(-2), weights.permute(0, 3, 1, 2, 4)
-
-
-def _split(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in ("weight", "bias"):
-        joined = state.pop(f"{prefix}qkv.{name}", None)
-        if joined is not None:
-            for part, tensor in zip(PARTS, joined.chunk(3), strict=True):
-                state[f"{prefix}{part}.{name}"] = tensor.clone()  # files take no tensors that share memory
-
-
-def _join(
-    module: Any, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
-    unexpected: list[str], errors: list[str],
-) -> None:  # fmt: skip
-    """Put query, key and value together; what is not given, or of another shape, stays, and is reported by its name."""
-    for name in ("weight", "bias"):
-        own = getattr(module.qkv, name)
-        if own is None or f"{prefix}qkv.{name}" in state:
-            continue
-        kept = own.detach().chunk(3)
-        given = [state.pop(f"{prefix}{part}.{name}", None) for part in PARTS]
-        for i, part in enumerate(PARTS):
-            key, tensor = f"{prefix}{part}.{name}", given[i]
-            if tensor is None:
-                missing.append(key)
-            elif tensor.shape != kept[i].shape:
-                errors.append(
-                    f"size mismatch for {key}: copying a param with shape {tensor.shape} from checkpoint, the shape in "
-                    f"current model is {kept[i].shape}."
-                )
-                given[i] = None
-        device = next((tensor.device for tensor in given if tensor is not None), own.device)
-        thirds = [here if tensor is None else tensor for here, tensor in zip(kept, given, strict=True)]
-        state[f"{prefix}qkv.{name}"] = torch.cat([third.to(device) for third in thirds])
 
 
 def _first_weight(nats: list[nn.Module]) -> Tensor:
@@ -306,31 +218,35 @@ def _pack(nats: list[nn.Module], compile: bool, report: InferenceReport) -> None
         reason = "compiled graphs have the plain layers"
     elif weight.device.type != "cpu" or weight.dtype != torch.float32:
         reason = f"for float32 on a CPU, not {_name(weight.dtype)} on {weight.device.type}"
-    elif not packing_is_faster():
-        reason = "not yet measured to be faster on this CPU"
     if reason is not None:
         report.add("packed weights", False, reason)
         return
-    weights = [weight for nat in nats for weight in _pack_layers(nat)]
+    gain, with_convolutions = packed_linear_gain(), packed_convolutions_are_faster()
+    if gain <= 1 and not with_convolutions:
+        measured = f"an MLP takes {1 / gain:.2g} times as long on this CPU" if gain else cpu.why_unusable()
+        report.add("packed weights", False, str(measured))
+        return
+    kinds = ((Linear,) if gain > 1 else ()) + ((nn.Conv2d,) if with_convolutions else ())
+    weights = [weight for nat in nats for weight in _pack_layers(nat, kinds)]
+    if not weights:
+        report.add("packed weights", False, "packed already, or hooks are in the way")
+        return
     size = sum(weight.nbytes for weight in weights) / 2**20
-    report.add(
-        "packed weights",
-        bool(weights),
-        f"{len(weights)} layers keep their weights a second time from their first call on, {size:.3g} MiB in all"
-        if weights
-        else "packed already, or hooks are in the way",
-    )
+    reason = f"{len(weights)} layers keep their weights a second time from their first call on, {size:.3g} MiB in all"
+    if joined := sum(map(_join_layers, nats)):
+        reason += f"; {joined} layers of NAT in four calls each: an MLP is {gain:.2f} times as fast on this CPU"
+    report.add("packed weights", True, reason)
 
 
-def _pack_layers(nat: nn.Module) -> list[Tensor]:
-    """Puts layers with packed weights in place, and returns their weights."""
+def _pack_layers(nat: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Tensor]:
+    """Puts layers with packed weights in the place of those of ``kinds``, and returns their weights."""
     weights: list[Any] = []
     for module in list(nat.modules()):
         for name, child in list(module.named_children()):
             packed: nn.Module
-            if type(getattr(child, "weight", None)) is not nn.Parameter:
+            if type(getattr(child, "weight", None)) is not nn.Parameter or type(child) not in kinds:
                 continue
-            if type(child) is Linear and is_plain(child):
+            if isinstance(child, Linear) and is_plain(child):
                 packed = PackedLinear(child)
             elif isinstance(child, nn.Conv2d) and PackedConv2d.suits(child) and is_plain(child):
                 packed = PackedConv2d(child)
@@ -339,6 +255,19 @@ def _pack_layers(nat: nn.Module) -> list[Tensor]:
             setattr(module, name, packed)
             weights.append(child.weight)
     return weights
+
+
+def _join_layers(nat: nn.Module) -> int:
+    """Puts layers that run as a whole in the place of those that have packed weights, and returns how many."""
+    from nbhd.models.nat.inference_layers import PackedNatLayer
+
+    joined = 0
+    for module in list(nat.modules()):
+        for name, child in list(module.named_children()):
+            if PackedNatLayer.suits(child):
+                setattr(module, name, PackedNatLayer(child))  # type: ignore[arg-type]
+                joined += 1
+    return joined
 
 
 def _compile(nats: list[nn.Module], wanted: bool, device: torch.device, report: InferenceReport) -> None:

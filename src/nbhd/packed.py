@@ -1,18 +1,21 @@
-"""Layers for inference that keep their weights a second time, in the order oneDNN multiplies them in.
+"""Layers for inference that keep their weights a second time, in the order they are multiplied in.
 
-PyTorch hands oneDNN a weight as it lies in the checkpoint, so every call puts it in order anew. For a few rows that
-takes as long as the product: a 3x3 convolution from 256 to 512 channels over a 14x14 map spends five sixths of its time
-on it.
+PyTorch hands its libraries a weight as it lies in the checkpoint, and every call puts it in order anew. For a few rows
+that takes as long as the product: a 3x3 convolution from 256 to 512 channels over a 14x14 map spends five sixths of its
+time on it. Linear layers are made by the native CPU core, which takes what stands around them in the same call
+(`Layers`): a layer norm, GELU, a factor and a residual. Convolutions are oneDNN's.
 
 The layers here have the parameters, state dicts and results of those they stand for. The ordered copy is no part of
 that: it is made at the first call, again when the weight has changed, and neither copied nor pickled with the layer. A
 weight that wants gradients is not packed. What is written into a weight behind autograd's back (``weight.data``, NumPy)
-is noticed by `SAMPLE` of its numbers: a whole tensor written anew always, a few numbers perhaps not.
+is noticed by some of its numbers: a whole tensor written anew always, a few numbers perhaps not.
 `nbhd.optimize_for_inference` puts the layers in place.
 """
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +23,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbhd.linear import Linear, in_one_piece, one_piece_is_faster, runs_in_one_piece
+from nbhd.backends import cpu, cpu_linear
+from nbhd.linear import Linear, is_left_to_us, one_piece_is_faster, runs_in_one_piece
 
-#: Numbers of a weight that are compared at each call, a microsecond or two.
+#: Numbers of a convolution's weight that are compared at each call, a microsecond or two.
 SAMPLE = 256
 
 
-def packing_is_faster() -> bool:
-    """Whether the layers of this module beat the plain ones on this CPU.
+def packed_convolutions_are_faster() -> bool:
+    """Whether `PackedConv2d` beats the plain layer on this CPU.
 
     True on Intel's processors with AVX-512; elsewhere it is not yet measured.
     """
     return one_piece_is_faster() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+@functools.cache
+def packed_linear_gain() -> float:
+    """How many times faster an MLP is in one call of the native core than by plain layers, measured in this process.
+
+    Takes some tens of milliseconds, once. 0 where there is no core.
+    """
+    if cpu.why_unusable() is not None:
+        return 0.0
+    rows, dim, hidden = 392, 128, 384  # a small part of NAT-Tiny
+    batch, norm = torch.linspace(-1, 1, rows * dim).view(rows, dim), nn.LayerNorm(dim)
+    first, second = (Linear(*sizes).requires_grad_(False) for sizes in ((dim, hidden), (hidden, dim)))
+    whole = Layers(PackedLinear(second), hidden=PackedLinear(first), norm=norm)
+
+    def plain() -> Tensor:
+        return batch + second(first.with_gelu(norm(batch)))
+
+    def packed() -> Tensor | None:
+        return whole(batch, batch)
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    with torch.inference_mode(False), torch.no_grad():
+        if packed() is None:
+            return 0.0
+        times = [(seconds(plain), seconds(packed)) for _ in range(8)]
+    without, with_packing = (min(column) for column in zip(*times, strict=True))
+    return without / with_packing
 
 
 class PackedLinear(Linear):
@@ -45,23 +81,180 @@ class PackedLinear(Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         _take_parameters(self, layer)
         self._packed = _Packed()
+        self._alone, self._gelu = Layers(self), Layers(self, gelu=True)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return self._multiply(input, "none") if self._is_packed(input) else super().forward(input)
+        output = self._alone(input)
+        return super().forward(input) if output is None else output
 
     def with_gelu(self, input: Tensor) -> Tensor:
-        """The exact GELU of `forward`, in the same kernel."""
-        return self._multiply(input, "gelu") if self._is_packed(input) else super().with_gelu(input)
+        """The exact GELU of `forward`, in the same call."""
+        output = self._gelu(input)
+        return super().with_gelu(input) if output is None else output
 
-    def _is_packed(self, input: Tensor) -> bool:
-        if not self._packed.may_be_used(input, self.weight, self.bias):
+
+class Layers:
+    """``residual + scale * gelu(last(gelu(hidden(norm(input)))))``, with those parts that are given, in one call.
+
+    They are looked at closely at the first call, and again when their parameters are others.
+
+    Args:
+        last: the layer that makes the output.
+        hidden: a layer before it, which the exact GELU follows.
+        norm: of the input.
+        gelu: the exact GELU of ``last``.
+    """
+
+    def __init__(
+        self, last: PackedLinear, *, hidden: PackedLinear | None = None, norm: nn.LayerNorm | None = None,
+        gelu: bool = False,
+    ) -> None:  # fmt: skip
+        self._parts = last, hidden, norm, gelu
+        self._prepared: _Prepared | None = None  # threads replace it as a whole
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor | None:
+        """The output.
+
+        Args:
+            input: ``[..., in_features]``.
+            residual: ``[..., out_features]``.
+            scale: ``[out_features]``.
+
+        Returns:
+            ``[..., out_features]``; None where PyTorch's own layers are to be taken: for a gradient, in another dtype
+            or elsewhere than in the CPU's memory, in graphs and under modes that know PyTorch's operators only, and for
+            shapes that do not fit, which its errors explain.
+        """
+        last = self._parts[0]
+        if is_left_to_us(input, last.weight, last.bias):
+            return self.run(input, residual, scale)
+        if not torch.compiler.is_compiling() and (
+            last.weight.dtype != torch.float32 or last.weight.device.type != "cpu"
+        ):
+            self.forget()
+        return None
+
+    def run(self, input: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor | None:
+        """The same where `nbhd.linear.is_left_to_us` is known."""
+        if not input.is_contiguous() or input.is_neg() or not input.numel():
+            return None
+        for _ in range(2):
+            prepared = self._prepared
+            if prepared is None or not prepared.is_current():
+                prepared = self._prepared = _prepare(input.shape[-1], *self._parts)
+            if prepared is None or not prepared.takes(input, residual, scale):
+                return None
+            try:
+                return prepared.call(input, scale, residual)
+            except cpu_linear.Stale:
+                self.forget()
+        return None  # somebody writes into the weight while it is packed
+
+    def forget(self) -> None:
+        """Drop the packed weights."""
+        self._prepared = None
+        for layer in self._parts[:2]:
+            if layer is not None:
+                layer._packed.forget()
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies as well
+        return {"_parts": self._parts, "_prepared": None}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A call, and how to tell that it is still that of the parameters."""
+
+    call: cpu_linear.PreparedLayers
+    #: Whose memory the call points into.
+    layers: tuple[cpu_linear.Layer | None, ...]
+    #: Where each parameter is to be found, and what it was: a tensor that shares its memory, which no other can come to
+    #: lie in; its address; for a weight that is packed its version and strides.
+    seen: list[tuple[dict[str, Any], str, Tensor | None, int, tuple[int, tuple[int, ...]] | None]]
+    norm: nn.LayerNorm | None
+    epsilon: float
+
+    def is_current(self) -> bool:
+        for place, name, kept, pointer, of_weight in self.seen:
+            parameter = place.get(name)
+            if parameter is None or kept is None:
+                if parameter is not kept:
+                    return False
+            elif parameter.data_ptr() != pointer or not (
+                of_weight is None or (parameter._version, parameter.stride()) == of_weight
+            ):
+                return False
+        return self.norm is None or self.norm.eps == self.epsilon
+
+    def takes(self, input: Tensor, residual: Tensor | None, scale: Tensor | None) -> bool:
+        call = self.call
+        if input.shape[-1] != call.features:
             return False
-        return input.is_contiguous() and input.shape[-1:] == self.weight.shape[1:]
+        out = (call.out,)
+        if not (residual is None or _is_dense(residual, (*input.shape[:-1], *out))):
+            return False
+        if not (scale is None or _is_dense(scale, out)):
+            return False
+        parameters = [place[name] for place, name, kept, _, of_weight in self.seen if kept is not None]
+        if any(p.requires_grad for p in parameters if p.ndim == 2):  # one that learns is not packed
+            return False
+        return not torch.is_grad_enabled() or not any(p.requires_grad for p in (*parameters, input))
 
-    def _multiply(self, input: Tensor, activation: str) -> Tensor:
-        weight = self._packed.of(self.weight, torch.ops.mkldnn._reorder_linear_weight)
-        return in_one_piece(input, weight, self.bias, activation)
+
+def _prepare(
+    features: int, last: PackedLinear, hidden: PackedLinear | None, norm: nn.LayerNorm | None, gelu: bool
+) -> _Prepared | None:
+    """A call for inputs of so many features; None where PyTorch's layers are to be taken."""
+    if cpu.why_unusable() is not None or (hidden or last).weight.shape[1:] != (features,):
+        return None
+    seen: list[Any] = []
+    layers: list[cpu_linear.Layer | None] = []
+    for layer in (last, hidden):
+        if layer is None:
+            layers.append(None)
+            continue
+        weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+        if weight is None or weight.ndim != 2 or not _is_dense(weight, weight.shape) or weight.requires_grad:
+            return None
+        # tensors of inference mode do not tell that they have changed
+        if weight.is_inference() or not (bias is None or _is_dense(bias, weight.shape[:1])):
+            return None
+        version = weight._version, weight.stride()
+        panels = layer._packed.of(weight, cpu_linear.pack, compares=False)
+        layers.append(cpu_linear.Layer(panels, weight, bias))
+        seen.append((layer._parameters, "weight", weight.detach(), weight.data_ptr(), version))
+        seen.append((layer._parameters, "bias", *_as_seen(bias), None))
+    first, second = layers[1] or layers[0], layers[0]
+    assert first is not None and second is not None
+    if first is not second and second.weight.shape[1] != first.weight.shape[0]:
+        return None
+    of_norm = None
+    if norm is not None:
+        given = [norm._parameters.get(name) for name in ("weight", "bias")]
+        shape = (features,)
+        if norm.normalized_shape != shape or not all(p is None or _is_dense(p, shape) for p in given):
+            return None
+        of_norm = cpu_linear.Norm(given[0], given[1], norm.eps)
+        for name, parameter in zip(("weight", "bias"), given, strict=True):
+            seen.append((norm._parameters, name, *_as_seen(parameter), None))
+    call = cpu_linear.PreparedLayers(second, layers[1], of_norm, gelu)
+    return _Prepared(call, tuple(layers), seen, norm, norm.eps if norm is not None else 0.0)
+
+
+def _as_seen(parameter: Tensor | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if parameter is None else (parameter.detach(), parameter.data_ptr())
+
+
+def _is_dense(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the core may read its numbers as they lie: float32, of this shape, in order, in the CPU's memory."""
+    return (
+        tensor.dtype == torch.float32
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and tensor.device.type == "cpu"
+    )
 
 
 class PackedConv2d(nn.Conv2d):
@@ -124,17 +317,21 @@ class _Kept:
     #: The weight as it was, sharing its memory: no other weight can come to lie there.
     source: Tensor
     version: int
-    #: Some of its numbers as they are, and as they were.
-    now: Tensor
-    then: Tensor
     settings: tuple[object, ...]
+    #: Some of its numbers as they are, and as they were; or None, for the core to compare.
+    samples: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, weight: Tensor, pack: Callable[[Tensor], Tensor], settings: tuple[object, ...]) -> _Kept:
+    def of(
+        cls, weight: Tensor, pack: Callable[[Tensor], Tensor], settings: tuple[object, ...], compares: bool
+    ) -> _Kept:
         version, source = weight._version, weight.detach()
-        # an odd step, which does not stay in one column
-        now = source.view(-1)[:: max(1, source.numel() // SAMPLE) | 1]
-        return cls(pack(source), source, version, now, now.clone(), settings)
+        samples = None
+        if compares:
+            # an odd step, which does not stay in one column
+            now = source.view(-1)[:: max(1, source.numel() // SAMPLE) | 1]
+            samples = now, now.clone()
+        return cls(pack(source), source, version, settings, samples)
 
     def is_of(self, weight: Tensor, settings: tuple[object, ...]) -> bool:
         return (
@@ -142,7 +339,7 @@ class _Kept:
             and weight._version == self.version
             and weight.shape == self.source.shape
             and settings == self.settings
-            and torch.equal(self.now, self.then)
+            and (self.samples is None or torch.equal(*self.samples))
         )
 
 
@@ -153,20 +350,24 @@ class _Packed:
         self._kept: _Kept | None = None  # threads replace it as a whole
 
     def may_be_used(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether a product may be made with a packed weight; forgets it where the weight has become another kind."""
+        """Whether oneDNN may be given a packed weight; forgets it where the weight has become another kind."""
         # whether a graph is made comes first; tensors of inference mode do not tell that they have changed
         if runs_in_one_piece(input, weight, bias):
             return input.numel() > 0 and not weight.is_inference() and not weight.requires_grad
-        is_another_kind = weight.dtype != torch.float32 or weight.device.type != "cpu"
-        if is_another_kind and self._kept is not None and not torch.compiler.is_compiling():
-            self._kept = None
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            self.forget()
         return False
 
-    def of(self, weight: Tensor, pack: Callable[[Tensor], Tensor], *settings: object) -> Tensor:
+    def forget(self) -> None:
+        """Drop the copy."""
+        if self._kept is not None and not torch.compiler.is_compiling():
+            self._kept = None
+
+    def of(self, weight: Tensor, pack: Callable[[Tensor], Tensor], *settings: object, compares: bool = True) -> Tensor:
         """``pack(weight)``, kept until the weight, its memory or ``settings`` are others."""
         kept = self._kept
         if kept is None or not kept.is_of(weight, settings):
-            kept = self._kept = _Kept.of(weight, pack, settings)
+            kept = self._kept = _Kept.of(weight, pack, settings, compares)
         return kept.weight
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Packed:

@@ -1,0 +1,283 @@
+"""PackedNatLayer: a layer in four calls of the native core gives what the plain layer gives, and notices changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nbhd
+from nbhd import optimize
+from nbhd.backends import cpu
+from nbhd.models import NatConfig, NatForImageClassification
+from nbhd.models.nat import inference_layers
+from nbhd.models.nat.inference_layers import PackedNatLayer
+
+needs_core = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
+pytestmark = needs_core
+
+
+@pytest.fixture(autouse=True)
+def wholes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """As if the machine gained by it: for each call of a layer as a whole, whether it could be made."""
+    seen: list[bool] = []
+    call = inference_layers._Whole.__call__
+
+    def spy(self: inference_layers._Whole, hidden_states: Tensor) -> Tensor | None:
+        output = call(self, hidden_states)
+        seen.append(output is not None)
+        return output
+
+    monkeypatch.setattr(inference_layers._Whole, "__call__", spy)
+    monkeypatch.setattr(optimize, "packed_linear_gain", lambda: 1.25)
+    yield seen
+
+
+def plain_model(name: str = "nat") -> nn.Module:
+    torch.manual_seed(0)
+    options: dict = {"embed_dim": 32, "depths": [2, 1], "num_heads": [1, 2], "kernel_size": 3, "num_labels": 5}
+    if name == "nat":
+        model: nn.Module = NatForImageClassification(NatConfig(**options))
+    elif name == "scaled":
+        options |= {"embed_dim": 20, "num_heads": [2, 4], "layer_scale_init_value": 0.5, "mlp_ratio": 2.5}
+        model = NatForImageClassification(NatConfig(**options, qkv_bias=False))
+    else:
+        model = NatForImageClassification(NatConfig(**options, dilations=[[1, 2], [1]]))
+    with torch.no_grad():  # numbers that no part of a layer takes for another's
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def packed_model(name: str = "nat") -> nn.Module:
+    model = nbhd.optimize_for_inference(plain_model(name), dtype=None)
+    assert len([module for module in model.modules() if isinstance(module, PackedNatLayer)]) == 3
+    return model
+
+
+def layer_of(model: nn.Module) -> PackedNatLayer:
+    return next(module for module in model.modules() if isinstance(module, PackedNatLayer))
+
+
+def check_same(model: nn.Module, plain: nn.Module, pixels: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).logits, plain(pixels).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nat", "scaled", "dinat"])
+@pytest.mark.parametrize("size", [(1, 3, 64, 48), (5, 3, 33, 95)], ids=str)
+def test_as_exact_as_the_plain_layers(name: str, size: tuple[int, ...], threads: int, wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(name), packed_model(name), torch.randn(size)
+    with torch.no_grad():
+        truth = copy.deepcopy(plain).double()(pixels.double()).logits
+        ours, theirs = model(pixels).logits, plain(pixels).logits
+    assert wholes == [True] * 3
+    error = (theirs - truth).square().mean().sqrt()
+    assert (ours - truth).square().mean().sqrt() <= 2 * error + 1e-7 * truth.abs().max()
+
+
+def test_the_same_bits_with_every_number_of_threads(wholes: list[bool]) -> None:
+    model, pixels, before = packed_model("scaled"), torch.randn(3, 3, 70, 61), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            layer = layer_of(model)
+            hidden = model.nat.embeddings(pixels)  # type: ignore[union-attr, operator]
+            results.append(layer(hidden)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert wholes == [True] * 4
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_maps_smaller_than_the_window_and_probabilities(wholes: list[bool]) -> None:
+    plain, model = plain_model("dinat"), packed_model("dinat")
+    check_same(model, plain, torch.randn(2, 3, 20, 20))  # 5x5 and 3x3: the second layer's window of 6 is padded
+    assert wholes == [True, True]
+    pixels = torch.randn(1, 3, 64, 64)
+    found, expected = (m(pixels, output_attentions=True, output_hidden_states=True) for m in (model, plain))
+    for name in ("attentions", "hidden_states"):
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+INNER = [
+    "layernorm_before", "layernorm_after", "drop_path", "attention", "attention.self", "attention.self.qkv",
+    "attention.output", "attention.output.dense", "attention.output.dropout", "intermediate", "intermediate.dense",
+    "intermediate.intermediate_act_fn", "output", "output.dense", "output.dropout",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_hooks_that_come_later_see_everything(name: str, wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+    part = layer_of(model).get_submodule(name)
+    seen: list[nn.Module] = []
+    for register in (part.register_forward_hook, part.register_forward_pre_hook):
+        handle = register(lambda module, *_: seen.append(module))
+        wholes.clear()
+        check_same(model, plain, pixels)
+        assert wholes == [True] * 2 and set(seen) == {part}
+        handle.remove()
+        seen.clear()
+    original = part.forward
+    part.forward = lambda *args, **kwargs: (seen.append(part), original(*args, **kwargs))[1]
+    check_same(model, plain, pixels)
+    assert seen
+    del part.forward
+    wholes.clear()
+    check_same(model, plain, pixels)
+    assert wholes == [True] * 3
+
+
+def test_global_hooks(wholes: list[bool]) -> None:
+    model, pixels, seen = packed_model(), torch.randn(1, 3, 64, 48), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        model(pixels)
+    finally:
+        handle.remove()
+    assert seen.count("PackedLinear") == 12 and not wholes
+
+
+def test_parts_that_come_later(wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+
+    class Doubled(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.base(x)
+
+    for each in (model, plain):
+        layer = next(m for name, m in each.named_modules() if name.endswith("levels.0.layers.0"))
+        layer.output.dense = Doubled(layer.output.dense)
+        layer.layernorm_after.eps = 0.3
+    wholes.clear()
+    check_same(model, plain, pixels)
+    assert wholes == [True] * 2
+    for each in (model, plain):
+        layer = next(m for name, m in each.named_modules() if name.endswith("levels.1.layers.0"))
+        layer.layernorm_before.eps = 0.5
+    check_same(model, plain, pixels)
+    assert wholes == [True] * 4
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda p: p.mul_(1.5),
+    "data": lambda p: setattr(p, "data", p * 1.5),
+    "data in place": lambda p: p.data.mul_(1.5),
+    "numpy": lambda p: p.detach().numpy().__imul__(1.5),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_parameters_that_change(how: str, wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model("scaled"), packed_model("scaled"), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            CHANGES[how](parameter)
+        for parameter in plain.parameters():
+            parameter.mul_(1.5)
+    check_same(model, plain, pixels)
+    assert wholes == [True] * 6
+
+
+def test_a_square_weight_turned_where_it_lies() -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+    for each in (model, plain):
+        dense = next(m for name, m in each.named_modules() if name.endswith("0.layers.0.attention.output.dense"))
+        dense.weight.data = dense.weight.data.t()
+    check_same(model, plain, pixels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_dtype_and_back(dtype: torch.dtype, wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+    model.to(dtype), plain.to(dtype)
+    wholes.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).logits, plain(pixels).logits, rtol=2e-2, atol=2e-2)
+    assert wholes == [False] * 3
+    model.float(), plain.float()
+    check_same(model, plain, pixels)
+    assert wholes == [False] * 3 + [True] * 3
+
+
+def test_gradients_go_through_the_plain_layers(wholes: list[bool]) -> None:
+    model, pixels = packed_model(), torch.randn(1, 3, 64, 48, requires_grad=True)
+    with torch.autocast("cpu"):
+        assert model(pixels.detach()).logits.dtype == torch.bfloat16
+    model(pixels).logits.square().sum().backward()
+    assert wholes == [False] * 6 and pixels.grad is not None and pixels.grad.abs().sum() > 0
+    model.requires_grad_(True)
+    model(pixels).logits.square().sum().backward()
+    assert all(p.grad is not None for p in layer_of(model).parameters())
+    model.requires_grad_(False)
+    layer_of(model).layernorm_after.bias.requires_grad_(True)
+    model(pixels.detach()).logits.sum().backward()
+    assert layer_of(model).layernorm_after.bias.grad is not None
+
+
+def test_copies_and_pickles_pack_for_themselves(wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+    size = len(pickle.dumps(model))
+    assert size < 1.2 * len(pickle.dumps(plain))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        wholes.clear()
+        check_same(other, plain, pixels)
+        assert wholes == [True] * 3
+        model.load_state_dict(plain.state_dict())
+        check_same(model, plain, pixels)
+
+
+def test_several_callers_at_once() -> None:
+    model, pixels = packed_model(), torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        expected = model(pixels).logits
+    wrong: list[str] = []
+
+    def call() -> None:
+        for _ in range(20):
+            with torch.no_grad():
+                if not torch.equal(model(pixels).logits, expected):
+                    wrong.append("differs")
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_graphs_and_transforms_have_the_plain_layers(wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(2, 3, 64, 48)
+    layer = layer_of(model)
+    with torch.no_grad():
+        hidden = model.nat.embeddings(pixels)  # type: ignore[union-attr, operator]
+        expected = layer(hidden)[0]
+        wholes.clear()
+        graph = torch.export.export(layer, (hidden,)).module()
+        torch.testing.assert_close(graph(hidden)[0], expected, rtol=1e-4, atol=1e-5)
+        mapped = torch.vmap(lambda x: layer(x[None])[0][0])(hidden)
+        torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
+    assert not any(wholes)
+    check_same(model, plain, pixels)
