@@ -106,6 +106,24 @@ def test_json_holds_no_nan(evaluate: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert "answers none of 2 pictures" in run.stderr
 
 
+def test_a_nat_is_made_ready_for_many_pictures(evaluate: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nbhd import optimize
+
+    made_ready: list[tuple[str, Any]] = []
+    prepare = optimize.optimize_for_inference
+
+    def spy(model: Any, dtype: Any = "auto") -> Any:
+        made_ready.append((type(model).__name__, dtype))
+        return prepare(model, dtype)
+
+    monkeypatch.setattr(optimize, "optimize_for_inference", spy)
+    fast = json.loads(evaluate("--data", "data", "-f", "json").stdout)
+    assert made_ready == [("NatForImageClassification", None)]
+    monkeypatch.setattr(optimize, "optimize_for_inference", lambda model, dtype: model)
+    plain = json.loads(evaluate("--data", "data", "-f", "json").stdout)
+    assert fast["confusion"] == plain["confusion"] and fast["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
 def test_links_to_nothing_and_damaged_pictures_are_named(evaluate: Run) -> None:
     Path("data/tench/gone.jpg").symlink_to("nothing")
     Path("data/tench/half.jfif").write_bytes(encode(noise(), "JPEG")[:300])

@@ -78,7 +78,7 @@ def evaluate(
     from transformers.utils import logging as transformers_logging
 
     from nbhd._files import write_whole
-    from nbhd.tasks.checkpoints import device_for, load_classifier
+    from nbhd.tasks.checkpoints import device_for, load_classifier, prepare_for_many
     from nbhd.tasks.classification.evaluate import check_measurable, evaluate_images, open_for_model
     from nbhd.tasks.datasets import check_source, first_rows, is_missing
 
@@ -90,6 +90,7 @@ def evaluate(
     loaded = load_classifier(model, device_for(model, device))
     check_measurable(loaded)
     table = open_for_model(loaded, data, split, image_column=image_column, label_column=label_column)
+    prepare_for_many(loaded)
     result = evaluate_images(
         loaded,
         first_rows(table, limit),
