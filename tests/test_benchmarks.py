@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import cases, checks, flops, linear, memory, models, readme, run as runner, summary
+from benchmarks import cases, checks, flops, linear, memory, models, packed, readme, run as runner, summary
 from benchmarks.__main__ import app
 from benchmarks.cases import CASES, Case
 from benchmarks.peers import PEERS, TITLES, swin
@@ -22,6 +22,7 @@ from benchmarks.peers.inputs import tensors
 from benchmarks.sampling import Pace, interleave, spread_out
 from benchmarks.subject import NotHere, Subject
 
+from nbhd.backends import cpu
 from tests.commands import run
 from tests.truth import keys_of
 
@@ -423,6 +424,22 @@ def test_linear_layers(threads: int) -> None:
     assert done.exit_code == 0, done.output
     rows = [line for line in done.output.splitlines() if "->" in line]
     assert len(rows) == 12 and all(re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\) +\d+\.\d\d \(", row) for row in rows)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layers_in_one_call(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(packed.app, "--batch", 1, "--rounds", 3, "--threads", threads)
+    assert done.exit_code == 0, done.output
+    rows = [line for line in done.output.splitlines() if re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\)$", line)]
+    assert len(rows) == 12 and "all of the network's" in done.output
+    monkeypatch.setattr(cpu, "why_unusable", lambda: "no library today.")
+    done = run(packed.app, "--batch", 1)
+    assert done.exit_code == 2 and "nbhd: there is nothing to time: no library today." in done.output
+
+
+def test_both_ways_around_an_attention_compute_the_same() -> None:
+    for _, _, plain, whole in packed.ways(98, 64):
+        torch.testing.assert_close(whole(), plain(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_timing_of_the_cores_kernels_compiles() -> None:

@@ -199,7 +199,8 @@ class _Prepared:
         parameters = [place[name] for place, name, kept, _, of_weight in self.seen if kept is not None]
         if any(p.requires_grad for p in parameters if p.ndim == 2):  # one that learns is not packed
             return False
-        return not torch.is_grad_enabled() or not any(p.requires_grad for p in (*parameters, input))
+        given = (*parameters, input, residual, scale)
+        return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given)
 
 
 def _prepare(

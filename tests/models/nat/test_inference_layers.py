@@ -226,10 +226,24 @@ def test_gradients_go_through_the_plain_layers(wholes: list[bool]) -> None:
     model.requires_grad_(True)
     model(pixels).logits.square().sum().backward()
     assert all(p.grad is not None for p in layer_of(model).parameters())
-    model.requires_grad_(False)
-    layer_of(model).layernorm_after.bias.requires_grad_(True)
-    model(pixels.detach()).logits.sum().backward()
-    assert layer_of(model).layernorm_after.bias.grad is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layernorm_before.weight", "attention.self.rpb", "attention.output.dense.bias", "layer_scale_parameters",
+     "layernorm_after.bias", "intermediate.dense.weight", "output.dense.bias"],
+)  # fmt: skip
+def test_one_parameter_that_learns_gets_its_gradient(name: str) -> None:
+    plain, model, pixels = plain_model("scaled"), packed_model("scaled"), torch.randn(1, 3, 64, 48)
+    plain.requires_grad_(False)
+    gradients = []
+    for each in (model, plain):
+        layer = next(m for path, m in each.named_modules() if path.endswith("levels.0.layers.0"))
+        parameter = layer.get_parameter(name).requires_grad_(True)
+        each(pixels).logits.square().sum().backward()
+        assert parameter.grad is not None
+        gradients.append(parameter.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_copies_and_pickles_pack_for_themselves(wholes: list[bool]) -> None:

@@ -174,7 +174,10 @@ class _Whole:
         qkv = self._qkv(hidden_states)
         if qkv is None:
             return None
-        attended = self._projection.run(self._attend(qkv), hidden_states, of_attention)
+        context = self._attend(qkv)
+        del qkv  # what follows can have its memory
+        attended = self._projection.run(context, hidden_states, of_attention)
+        del context
         return None if attended is None else self._mlp.run(attended, attended, of_mlp)
 
 
