@@ -126,7 +126,10 @@ def test_hooks_that_come_later_see_everything(name: str, wholes: list[bool]) -> 
         check_same(model, plain, pixels)
         assert wholes == [True] * 2 and set(seen) == {part}
         handle.remove()
+        wholes.clear()
         seen.clear()
+        check_same(model, plain, pixels)
+        assert wholes == [True] * 3 and not seen
     original = part.forward
     part.forward = lambda *args, **kwargs: (seen.append(part), original(*args, **kwargs))[1]
     check_same(model, plain, pixels)
