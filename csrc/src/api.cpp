@@ -10,6 +10,7 @@
 #endif
 
 #include "../include/nbhd.h"
+#include "call_size.h"
 #include "dispatch.h"
 
 namespace nbhd {
@@ -206,13 +207,7 @@ int32_t check_pointers(const nbhd_call &c, Entry e) {
 }
 
 int32_t run(const nbhd_call *call, Entry e) {
-    if (!call || call->size < int64_t(sizeof(nbhd_call))) return NBHD_BAD_STRUCT;
-    if (call->size > int64_t(sizeof(nbhd_call))) { // a newer caller: fine while what we do not know is zero
-        if (call->size > 4096) return NBHD_BAD_STRUCT;
-        const char *rest = reinterpret_cast<const char *>(call) + sizeof(nbhd_call);
-        for (int64_t i = 0; i < call->size - int64_t(sizeof(nbhd_call)); i++)
-            if (rest[i]) return NBHD_UNSUPPORTED;
-    }
+    if (const int32_t status = check_size(call, sizeof(nbhd_call))) return status;
     const nbhd_call &c = *call;
     if (c.dtype < NBHD_FLOAT32 || c.dtype > NBHD_FLOAT64) return NBHD_BAD_DTYPE;
     if (const int32_t status = check_shape(c)) return status;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../include/nbhd.h"
+#include "call_size.h"
 #include "dispatch.h"
 
 namespace nbhd {
@@ -42,13 +43,7 @@ int32_t check_weight(const nbhd_weight &w, int64_t in) {
 }
 
 int32_t run(const nbhd_linear_call *call) {
-    if (!call || call->size < int64_t(sizeof(nbhd_linear_call))) return NBHD_BAD_STRUCT;
-    if (call->size > int64_t(sizeof(nbhd_linear_call))) { // a newer caller: fine while what we do not know is zero
-        if (call->size > 4096) return NBHD_BAD_STRUCT;
-        const char *rest = reinterpret_cast<const char *>(call) + sizeof(nbhd_linear_call);
-        for (int64_t i = 0; i < call->size - int64_t(sizeof(nbhd_linear_call)); i++)
-            if (rest[i]) return NBHD_UNSUPPORTED;
-    }
+    if (const int32_t status = check_size(call, sizeof(nbhd_linear_call))) return status;
     const nbhd_linear_call &c = *call;
     if (c.norm < 0 || c.norm > 1 || c.gelu < 0 || c.gelu > 1) return NBHD_UNSUPPORTED;
     if (c.rows < 0 || c.rows > most_numbers || c.in < 1 || c.in > most_columns || c.last.out < 1) return NBHD_BAD_SHAPE;
