@@ -223,8 +223,9 @@ def _pack(nats: list[nn.Module], compile: bool, report: InferenceReport) -> None
         return
     gain, with_convolutions = packed_linear_gain(), packed_convolutions_are_faster()
     if gain <= 1 and not with_convolutions:
-        measured = f"an MLP takes {1 / gain:.2g} times as long on this CPU" if gain else cpu.why_unusable()
-        report.add("packed weights", False, str(measured))
+        watched = "it cannot be measured under a mode that watches PyTorch's operators"
+        slower = f"an MLP takes {1 / gain:.2g} times as long on this CPU" if gain else cpu.why_unusable() or watched
+        report.add("packed weights", False, slower)
         return
     kinds = ((Linear,) if gain > 1 else ()) + ((nn.Conv2d,) if with_convolutions else ())
     weights = [weight for nat in nats for weight in _pack_layers(nat, kinds)]

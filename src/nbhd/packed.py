@@ -15,10 +15,11 @@ is noticed by some of its numbers: a whole tensor written anew always, a few num
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,36 +39,51 @@ def packed_convolutions_are_faster() -> bool:
     return one_piece_is_faster() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-@functools.cache
 def packed_linear_gain() -> float:
     """How many times faster an MLP is in one call of the native core than by plain layers, measured in this process.
 
-    Takes some tens of milliseconds, once. 0 where there is no core.
+    Takes some tens of milliseconds, once. 0 where there is no core, and where it cannot be measured: under a mode that
+    is to see PyTorch's operators.
     """
-    if cpu.why_unusable() is not None:
+    try:
+        return _measured_gain()
+    except _NotNow:
         return 0.0
-    rows, dim, hidden = 392, 128, 384  # a small part of NAT-Tiny
-    batch, norm = torch.linspace(-1, 1, rows * dim).view(rows, dim), nn.LayerNorm(dim)
-    first, second = (Linear(*sizes).requires_grad_(False) for sizes in ((dim, hidden), (hidden, dim)))
-    whole = Layers(PackedLinear(second), hidden=PackedLinear(first), norm=norm)
 
-    def plain() -> Tensor:
-        return batch + second(first.with_gelu(norm(batch)))
 
-    def packed() -> Tensor | None:
-        return whole(batch, batch)
+class _NotNow(Exception):
+    """The core cannot be used where this is asked."""
+
+
+@functools.cache
+def _measured_gain() -> float:
+    def ramp(*shape: int) -> Tensor:  # and no random number, which somebody else may be counting on
+        return torch.linspace(-0.1, 0.1, math.prod(shape), dtype=torch.float32).view(shape)
+
+    def layer(out: int, features: int) -> Linear:
+        made = Linear(features, out, device="meta")
+        made.weight, made.bias = (nn.Parameter(ramp(*s), requires_grad=False) for s in ((out, features), (out,)))
+        return made
 
     def seconds(run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
-    with torch.inference_mode(False), torch.no_grad():
-        if packed() is None:
-            return 0.0
-        times = [(seconds(plain), seconds(packed)) for _ in range(8)]
-    without, with_packing = (min(column) for column in zip(*times, strict=True))
-    return without / with_packing
+    alone = torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.inference_mode(False), torch.no_grad()
+    with alone[0], alone[1], alone[2], alone[3]:
+        rows, dim, hidden = 392, 128, 384  # a small part of NAT-Tiny
+        batch, norm = ramp(rows, dim), nn.LayerNorm(dim, dtype=torch.float32)
+        first, second = layer(hidden, dim), layer(dim, hidden)
+        whole = Layers(PackedLinear(second), hidden=PackedLinear(first), norm=norm)
+        if whole(batch, batch) is None:
+            raise _NotNow
+        times = [
+            (seconds(lambda: batch + second(first.with_gelu(norm(batch)))), seconds(lambda: whole(batch, batch)))
+            for _ in range(8)
+        ]
+    plain, packed = (min(column) for column in zip(*times, strict=True))
+    return plain / packed
 
 
 class PackedLinear(Linear):
@@ -81,17 +97,22 @@ class PackedLinear(Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         _take_parameters(self, layer)
         self._packed = _Packed()
-        self._alone, self._gelu = Layers(self), Layers(self, gelu=True)
+        self._calls = Layers(self), Layers(self, gelu=True)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        output = self._alone(input)
+        output = self._own_calls()[0](input)
         return super().forward(input) if output is None else output
 
     def with_gelu(self, input: Tensor) -> Tensor:
         """The exact GELU of `forward`, in the same call."""
-        output = self._gelu(input)
+        output = self._own_calls()[1](input)
         return super().with_gelu(input) if output is None else output
+
+    def _own_calls(self) -> tuple[Layers, Layers]:
+        if self._calls[0].last is not self:  # a shallow copy has those of the original
+            self._packed, self._calls = _Packed(), (Layers(self), Layers(self, gelu=True))
+        return self._calls
 
 
 class Layers:
@@ -110,6 +131,7 @@ class Layers:
         self, last: PackedLinear, *, hidden: PackedLinear | None = None, norm: nn.LayerNorm | None = None,
         gelu: bool = False,
     ) -> None:  # fmt: skip
+        self.last = last
         self._parts = last, hidden, norm, gelu
         self._prepared: _Prepared | None = None  # threads replace it as a whole
 
@@ -126,13 +148,9 @@ class Layers:
             or elsewhere than in the CPU's memory, in graphs and under modes that know PyTorch's operators only, and for
             shapes that do not fit, which its errors explain.
         """
-        last = self._parts[0]
-        if is_left_to_us(input, last.weight, last.bias):
+        if is_left_to_us(input, self.last.weight, self.last.bias):
             return self.run(input, residual, scale)
-        if not torch.compiler.is_compiling() and (
-            last.weight.dtype != torch.float32 or last.weight.device.type != "cpu"
-        ):
-            self.forget()
+        self.forget_other_kinds()
         return None
 
     def run(self, input: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor | None:
@@ -158,8 +176,57 @@ class Layers:
             if layer is not None:
                 layer._packed.forget()
 
+    def forget_other_kinds(self) -> None:
+        """Drop the packed weights if the layer's are not float32 in the CPU's memory any more."""
+        weight = self.last.weight
+        if not torch.compiler.is_compiling() and (weight.dtype != torch.float32 or weight.device.type != "cpu"):
+            self.forget()
+
     def __getstate__(self) -> dict[str, Any]:  # of copies as well
-        return {"_parts": self._parts, "_prepared": None}
+        return {"last": self.last, "_parts": self._parts, "_prepared": None}
+
+
+class _Parameter(NamedTuple):
+    """A parameter as it was when a call was prepared, and where to find what it is now."""
+
+    place: dict[str, Any]
+    name: str
+    #: It shares the parameter's memory, which no other tensor can come to lie in; None if there was none.
+    source: Tensor | None
+    #: Address, shape, strides, dtype; of a weight that is packed also its version.
+    was: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, is_packed: bool = False) -> _Parameter | None:
+        """None if the core may not read it: it is no plain float32 in order in the CPU's memory."""
+        place = module._parameters
+        parameter = place.get(name, _ABSENT)
+        if parameter is None:
+            return cls(place, name, None, ())
+        if parameter is _ABSENT or type(parameter) not in (Tensor, nn.Parameter):
+            return None
+        # what is looked at is what is computed with, whatever other threads put in its place
+        source = parameter.detach()
+        if not _is_dense(source, source.shape) or (is_packed and (source.is_inference() or source.ndim != 2)):
+            return None
+        return cls(place, name, source, _state(source, is_packed))
+
+    def is_current(self) -> bool:
+        parameter = self.place.get(self.name, _ABSENT)
+        if parameter is None or self.source is None or parameter is _ABSENT:
+            return parameter is self.source
+        return _state(parameter, len(self.was) == 5) == self.was
+
+    def has_shape(self, *shape: int) -> bool:
+        return self.source is None or self.source.shape == shape
+
+
+_ABSENT: Any = object()
+
+
+def _state(tensor: Tensor, with_version: bool) -> tuple[Any, ...]:
+    state = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return (*state, tensor._version) if with_version else state
 
 
 @dataclass(frozen=True)
@@ -169,92 +236,74 @@ class _Prepared:
     call: cpu_linear.PreparedLayers
     #: Whose memory the call points into.
     layers: tuple[cpu_linear.Layer | None, ...]
-    #: Where each parameter is to be found, and what it was: a tensor that shares its memory, which no other can come to
-    #: lie in; its address; for a weight that is packed its version and strides.
-    seen: list[tuple[dict[str, Any], str, Tensor | None, int, tuple[int, tuple[int, ...]] | None]]
+    parameters: tuple[_Parameter, ...]
     norm: nn.LayerNorm | None
-    epsilon: float
+    #: The norm's shape and epsilon.
+    settings: tuple[object, ...]
 
     def is_current(self) -> bool:
-        for place, name, kept, pointer, of_weight in self.seen:
-            parameter = place.get(name)
-            if parameter is None or kept is None:
-                if parameter is not kept:
-                    return False
-            elif parameter.data_ptr() != pointer or not (
-                of_weight is None or (parameter._version, parameter.stride()) == of_weight
-            ):
-                return False
-        return self.norm is None or self.norm.eps == self.epsilon
+        if self.norm is not None and (self.norm.normalized_shape, self.norm.eps) != self.settings:
+            return False
+        return all(map(_Parameter.is_current, self.parameters))
 
     def takes(self, input: Tensor, residual: Tensor | None, scale: Tensor | None) -> bool:
         call = self.call
         if input.shape[-1] != call.features:
             return False
-        out = (call.out,)
-        if not (residual is None or _is_dense(residual, (*input.shape[:-1], *out))):
+        if not (residual is None or _is_dense(residual, (*input.shape[:-1], call.out))):
             return False
-        if not (scale is None or _is_dense(scale, out)):
+        if not (scale is None or _is_dense(scale, (call.out,))):
             return False
-        parameters = [place[name] for place, name, kept, _, of_weight in self.seen if kept is not None]
-        if any(p.requires_grad for p in parameters if p.ndim == 2):  # one that learns is not packed
+        now = [p.place.get(p.name) for p in self.parameters]
+        # a weight that learns is not packed
+        if any(t is not None and t.requires_grad for p, t in zip(self.parameters, now, strict=True) if len(p.was) == 5):
             return False
-        given = (*parameters, input, residual, scale)
-        return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given)
+        return not torch.is_grad_enabled() or not any(
+            t is not None and t.requires_grad for t in (*now, input, residual, scale)
+        )
 
 
 def _prepare(
     features: int, last: PackedLinear, hidden: PackedLinear | None, norm: nn.LayerNorm | None, gelu: bool
 ) -> _Prepared | None:
     """A call for inputs of so many features; None where PyTorch's layers are to be taken."""
-    if cpu.why_unusable() is not None or (hidden or last).weight.shape[1:] != (features,):
+    if cpu.why_unusable() is not None:
         return None
-    seen: list[Any] = []
-    layers: list[cpu_linear.Layer | None] = []
-    for layer in (last, hidden):
-        if layer is None:
-            layers.append(None)
-            continue
-        weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
-        if weight is None or weight.ndim != 2 or not _is_dense(weight, weight.shape) or weight.requires_grad:
-            return None
-        # tensors of inference mode do not tell that they have changed
-        if weight.is_inference() or not (bias is None or _is_dense(bias, weight.shape[:1])):
-            return None
-        version = weight._version, weight.stride()
-        panels = layer._packed.of(weight, cpu_linear.pack, compares=False)
-        layers.append(cpu_linear.Layer(panels, weight, bias))
-        seen.append((layer._parameters, "weight", weight.detach(), weight.data_ptr(), version))
-        seen.append((layer._parameters, "bias", *_as_seen(bias), None))
-    first, second = layers[1] or layers[0], layers[0]
-    assert first is not None and second is not None
-    if first is not second and second.weight.shape[1] != first.weight.shape[0]:
-        return None
+    found: list[_Parameter | None] = []
     of_norm = None
     if norm is not None:
-        given = [norm._parameters.get(name) for name in ("weight", "bias")]
-        shape = (features,)
-        if norm.normalized_shape != shape or not all(p is None or _is_dense(p, shape) for p in given):
+        found += [_Parameter.of(norm, "weight"), _Parameter.of(norm, "bias")]
+        if norm.normalized_shape != (features,) or not all(p is not None and p.has_shape(features) for p in found):
             return None
-        of_norm = cpu_linear.Norm(given[0], given[1], norm.eps)
-        for name, parameter in zip(("weight", "bias"), given, strict=True):
-            seen.append((norm._parameters, name, *_as_seen(parameter), None))
-    call = cpu_linear.PreparedLayers(second, layers[1], of_norm, gelu)
-    return _Prepared(call, tuple(layers), seen, norm, norm.eps if norm is not None else 0.0)
-
-
-def _as_seen(parameter: Tensor | None) -> tuple[Tensor | None, int]:
-    return (None, 0) if parameter is None else (parameter.detach(), parameter.data_ptr())
+        weight_and_bias = [p.source for p in found if p is not None]
+        of_norm = cpu_linear.Norm(weight_and_bias[0], weight_and_bias[1], norm.eps)
+    settings = (norm.normalized_shape, norm.eps) if norm is not None else ()
+    layers: list[cpu_linear.Layer] = []
+    for layer in (last,) if hidden is None else (hidden, last):
+        weight, bias = _Parameter.of(layer, "weight", is_packed=True), _Parameter.of(layer, "bias")
+        if weight is None or bias is None or weight.source is None or layer.weight.requires_grad:
+            return None
+        out = weight.source.shape[0]
+        if weight.source.shape[1] != features or not bias.has_shape(out):
+            return None
+        panels = layer._packed.of(weight.source, cpu_linear.pack, compares=False)
+        layers.append(cpu_linear.Layer(panels, weight.source, bias.source))
+        found += [weight, bias]
+        features = out
+    call = cpu_linear.PreparedLayers(layers[-1], layers[0] if hidden is not None else None, of_norm, gelu)
+    return _Prepared(call, tuple(layers), tuple(p for p in found if p is not None), norm, settings)
 
 
 def _is_dense(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the core may read its numbers as they lie: float32, of this shape, in order, in the CPU's memory."""
+    """Whether the core may read it as it lies: plain float32, of this shape, in order, in the CPU's memory."""
     return (
-        tensor.dtype == torch.float32
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype == torch.float32
         and tensor.shape == shape
         and tensor.is_contiguous()
         and not tensor.is_neg()
         and tensor.device.type == "cpu"
+        and tensor.data_ptr() != 0
     )
 
 

@@ -22,7 +22,7 @@ _INPUT, _LAYERS, _OUTPUT = struct.Struct("=5q"), struct.Struct("=3qd9q"), struct
 _CALL_BYTES = _INPUT.size + _LAYERS.size + _OUTPUT.size
 _NO_LAYER = (0,) * 4
 
-_BAD_POINTER, _STALE_WEIGHT = 5, 8
+_BAD_SHAPE, _BAD_POINTER, _STALE_WEIGHT = 3, 5, 8
 
 
 class Layer(NamedTuple):
@@ -53,6 +53,7 @@ class Stale(Exception):
 
 def pack(weight: Tensor) -> Tensor:
     """``[out, in]`` in the order it is multiplied in: ``[panels, in, PANEL]``, zeros past the last output."""
+    weight = weight.detach()
     out, features = weight.shape
     panels = -(-out // PANEL)
     padded = weight.new_zeros(panels * PANEL, features)
@@ -93,7 +94,8 @@ class PreparedLayers:
             residual: ``[..., out]``, or None.
 
         Returns:
-            ``[..., out]``; None if the memory of a tensor is not one that the library takes (at odd bytes of a file).
+            ``[..., out]``; None if the library does not take a tensor's memory (at odd bytes of a file) or a size or
+            epsilon (no outputs, an epsilon below zero).
 
         Raises:
             Stale: a packed weight is not that of its layer.
@@ -112,7 +114,7 @@ class PreparedLayers:
             return output
         if status == _STALE_WEIGHT:
             raise Stale
-        if status != _BAD_POINTER:
+        if status not in (_BAD_SHAPE, _BAD_POINTER):
             cpu.refused(library, status)
         return None
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import nbhd
-from nbhd import optimize
+from nbhd import optimize, packed
 from nbhd.backends import cpu
 from nbhd.models import NatConfig, NatForImageClassification
 from nbhd.models.nat import inference_layers
 from nbhd.models.nat.inference_layers import PackedNatLayer
+from nbhd.models.nat.layers import NatLayer
+from nbhd.packed import PackedLinear
 
 needs_core = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
 pytestmark = needs_core
@@ -28,8 +34,8 @@ def wholes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     seen: list[bool] = []
     call = inference_layers._Whole.__call__
 
-    def spy(self: inference_layers._Whole, hidden_states: Tensor) -> Tensor | None:
-        output = call(self, hidden_states)
+    def spy(self: inference_layers._Whole, layer: NatLayer, hidden_states: Tensor) -> Tensor | None:
+        output = call(self, layer, hidden_states)
         seen.append(output is not None)
         return output
 
@@ -195,6 +201,137 @@ def test_parameters_that_change(how: str, wholes: list[bool]) -> None:
             parameter.mul_(1.5)
     check_same(model, plain, pixels)
     assert wholes == [True] * 6
+
+
+def as_attribute(module: nn.Module, name: str) -> None:
+    value = getattr(module, name).detach() + 1
+    delattr(module, name)
+    setattr(module, name, value)
+
+
+def as_buffer(module: nn.Module, name: str) -> None:
+    value = getattr(module, name).detach() + 1
+    delattr(module, name)
+    module.register_buffer(name, value)
+
+
+def as_subclass(module: nn.Module, name: str) -> None:
+    """A tensor that has its numbers elsewhere."""
+    value = getattr(module, name).detach() + 1
+    setattr(module, name, nn.Parameter(TwoTensor(value, value.clone()), requires_grad=False))
+
+
+def as_one_number(module: nn.Module, name: str) -> None:
+    """A view at the same address."""
+    parameter = getattr(module, name)
+    parameter.data = parameter.data[..., :1].expand(parameter.shape)
+
+
+@pytest.mark.parametrize("change", [as_attribute, as_buffer, as_subclass, as_one_number], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "name",
+    ["layernorm_before.weight", "layernorm_after.bias", "attention.output.dense.bias", "intermediate.dense.bias",
+     "output.dense.bias", "layer_scale_parameters"],
+)  # fmt: skip
+def test_parameters_that_become_something_else(name: str, change: Callable[[nn.Module, str], None]) -> None:
+    plain, model, pixels = plain_model("scaled"), packed_model("scaled"), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+    for each in (model, plain):
+        layer = next(m for path, m in each.named_modules() if path.endswith("levels.0.layers.0"))
+        path, _, own = name.rpartition(".")
+        change(layer.get_submodule(path), own)
+    with torch.no_grad():  # a tensor subclass makes the network's output one
+        ours, theirs = (torch.as_tensor(getattr(m(pixels).logits, "a", m(pixels).logits)) for m in (model, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_mlp_that_is_pruned_where_it_lies(wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(1, 3, 64, 48)
+    check_same(model, plain, pixels)
+    for each in (model, plain):
+        layer = next(m for path, m in each.named_modules() if path.endswith("levels.0.layers.0"))
+        hidden, last = layer.intermediate.dense, layer.output.dense
+        hidden.weight.data, hidden.bias.data = hidden.weight.data[:40], hidden.bias.data[:40]
+        last.weight.data = last.weight.data[:, :40]
+    check_same(model, plain, pixels)
+    layer_of(model).layernorm_after.normalized_shape = (16,)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        model(pixels)
+
+
+def test_a_class_or_a_function_that_becomes_another(wholes: list[bool]) -> None:
+    model, pixels = packed_model(), torch.randn(1, 3, 64, 48)
+    before = model(pixels).logits
+    layer = layer_of(model)
+
+    class Twice(PackedLinear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    layer.output.dense.__class__ = Twice
+    wholes.clear()
+    assert not torch.allclose(model(pixels).logits, before) and wholes == [True] * 2
+    layer.output.dense.__class__ = PackedLinear
+    wholes.clear()
+    assert torch.equal(model(pixels).logits, before) and wholes == [True] * 3
+    layer.intermediate.intermediate_act_fn.act = torch.tanh
+    wholes.clear()
+    model(pixels)
+    assert wholes == [True] * 2
+
+
+def test_a_shallow_copy_has_its_own_layers() -> None:
+    model, pixels = packed_model(), torch.randn(1, 3, 64, 48)
+    layer, hidden = layer_of(model), model.nat.embeddings(pixels)  # type: ignore[union-attr, operator]
+    expected = layer(hidden)[0]
+    other = copy.copy(layer)
+    other._modules = dict(other._modules)
+    other.output = copy.deepcopy(layer.output)
+    other.output.dense.weight.zero_()
+    assert not torch.allclose(other(hidden)[0], expected)
+    assert torch.equal(layer(hidden)[0], expected)
+
+
+def test_a_network_in_another_dtype_keeps_no_packed_weights() -> None:
+    model, pixels = packed_model(), torch.randn(1, 3, 64, 48)
+    model(pixels)
+    panels = [weakref.ref(part._packed._kept.weight) for part in model.modules() if isinstance(part, PackedLinear)
+              if part._packed._kept is not None]  # fmt: skip
+    assert len(panels) == 12
+    model.to(torch.bfloat16)
+    model(pixels)
+    gc.collect()
+    assert not [panel for panel in panels if panel() is not None]
+
+
+def test_sizes_that_the_core_does_not_take() -> None:
+    plain, model, pixels = plain_model(), packed_model(), torch.randn(1, 3, 64, 48)
+    for each in (model, plain):
+        next(m for path, m in each.named_modules() if path.endswith("0.layers.0.layernorm_after")).eps = -1e-9
+    check_same(model, plain, pixels)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, lambda: torch.autocast("cpu"), lambda: torch.device("meta")],
+    ids=["inference mode", "autocast", "meta"],
+)  # fmt: skip
+def test_the_gain_is_measured_wherever_it_is_asked_for(context: Callable) -> None:
+    packed._measured_gain.cache_clear()
+    numbers = torch.get_rng_state()
+    with context():
+        assert packed.packed_linear_gain() > 0
+    assert torch.equal(torch.get_rng_state(), numbers)
+    packed._measured_gain.cache_clear()
+    with FlopCounterMode(display=False):
+        assert packed.packed_linear_gain() == 0
+    assert packed.packed_linear_gain() > 0
+
+
+def test_made_ready_in_inference_mode(wholes: list[bool]) -> None:
+    plain, pixels = plain_model(), torch.randn(1, 3, 64, 48)
+    with torch.inference_mode():
+        model = nbhd.optimize_for_inference(copy.deepcopy(plain), dtype=None)
+    check_same(model, plain, pixels)
 
 
 def test_a_square_weight_turned_where_it_lies() -> None:

@@ -55,7 +55,8 @@ class FusedNeighborhoodAttention(nn.Module):
         weight = attention.query.weight
         self.qkv = Linear(dim, 3 * dim, bias=has_bias, device="meta")
         for name in ("weight", "bias") if has_bias else ("weight",):
-            joined = torch.cat([getattr(getattr(attention, part), name).detach() for part in PARTS])
+            with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not tell that they change
+                joined = torch.cat([getattr(getattr(attention, part), name).detach() for part in PARTS])
             setattr(self.qkv, name, nn.Parameter(joined, requires_grad=False))
         assert self.qkv.weight.dtype == weight.dtype
         self.register_state_dict_post_hook(_split)
@@ -150,7 +151,7 @@ class PackedNatLayer(NatLayer):
             and min(hidden_states.shape[1:3]) >= self.window_size  # smaller maps are padded between norm and attention
         ):
             whole = self._watch.whole(self)
-        output = whole(hidden_states) if whole is not None else None
+        output = whole(self, hidden_states) if whole is not None else None
         return super().forward(hidden_states, output_attentions) if output is None else (output, None)
 
 
@@ -165,14 +166,19 @@ class _Whole:
         self._qkv = Layers(attention.qkv, norm=layer.layernorm_before)
         self._projection = Layers(projection)
         self._mlp = Layers(last, hidden=hidden, norm=layer.layernorm_after)  # type: ignore[arg-type]
-        self._parameters = layer._parameters
 
-    def __call__(self, hidden_states: Tensor) -> Tensor | None:
+    def __call__(self, layer: NatLayer, hidden_states: Tensor) -> Tensor | None:
         """The layer's output, or None where it has to run part by part."""
-        scales = self._parameters.get("layer_scale_parameters")
-        of_attention, of_mlp = (None, None) if scales is None else scales.unbind()
+        of_attention = of_mlp = None
+        scales = layer.layer_scale_parameters
+        if scales is not None:
+            if type(scales) not in (Tensor, nn.Parameter) or scales.shape != (2, hidden_states.shape[-1]):
+                return None
+            of_attention, of_mlp = scales.unbind()
         qkv = self._qkv(hidden_states)
         if qkv is None:
+            self._projection.forget_other_kinds()
+            self._mlp.forget_other_kinds()
             return None
         context = self._attend(qkv)
         del qkv  # what follows can have its memory
@@ -205,22 +211,19 @@ class _Watch:
     """Notices when a layer is not made of nothing but its own parts any more. No part of copies and pickles."""
 
     def __init__(self) -> None:
-        self._seen: tuple[_Whole, list[_Seen]] | None = None  # threads replace it as a whole
+        self._seen: _Seen | None = None  # threads replace it as a whole
 
     def whole(self, layer: NatLayer) -> _Whole | None:
         """What to compute the layer with, if it has its own parts and nobody's hooks."""
         if nn.modules.module._has_any_global_hook():
             return None
         seen = self._seen
-        if seen is None or not all(map(_is_as_seen, seen[1])):
+        if seen is None or not seen.is_of(layer):
             self._seen = None
             if not _has_its_own_parts(layer):
                 return None
-            parts: list[_Seen] = [(part.__dict__, tuple(part._modules.values())) for part in layer.modules()][1:]
-            # the layer's own hooks are run by whoever calls it
-            parts.append(({**_NO_HOOKS, "_modules": layer._modules}, tuple(layer._modules.values())))
-            seen = self._seen = _Whole(layer), parts
-        return seen[0]
+            seen = self._seen = _Seen(layer)
+        return seen.whole
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Watch:
         return _Watch()
@@ -229,22 +232,31 @@ class _Watch:
         return _Watch, ()
 
 
-#: A module's attributes and its children.
-_Seen = tuple[dict[str, Any], tuple[nn.Module | None, ...]]
+class _Seen:
+    """A layer that was found to have its own parts."""
 
-#: Where modules keep what `nbhd.linear.is_plain` asks for.
-_NO_HOOKS: dict[str, Any] = {
-    "_forward_hooks": {}, "_forward_pre_hooks": {}, "_backward_hooks": {}, "_backward_pre_hooks": {},
-}  # fmt: skip
+    def __init__(self, layer: NatLayer) -> None:
+        self.whole = _Whole(layer)
+        self._layer = layer
+        self._children = tuple(layer._modules.values())
+        # the layer's own hooks are run by whoever calls it
+        parts = list(layer.modules())[1:]
+        self._parts = [(part, type(part), part.__dict__, tuple(part._modules.values())) for part in parts]
+        self._activation: Any = layer.intermediate.intermediate_act_fn
 
-
-def _is_as_seen(seen: _Seen) -> bool:
-    attributes, children = seen
-    return not (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes
-        or tuple(attributes["_modules"].values()) != children
-    )
+    def is_of(self, layer: NatLayer) -> bool:
+        """Whether it is this layer, and has no other parts, hooks or functions now."""
+        if layer is not self._layer or tuple(layer._modules.values()) != self._children:
+            return False
+        for part, kind, attributes, children in self._parts:
+            if (
+                type(part) is not kind
+                or attributes["_forward_hooks"]
+                or attributes["_forward_pre_hooks"]
+                or attributes["_backward_hooks"]
+                or attributes["_backward_pre_hooks"]
+                or "forward" in attributes
+                or tuple(attributes["_modules"].values()) != children
+            ):
+                return False
+        return self._activation.act is nn.functional.gelu
