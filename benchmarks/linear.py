@@ -21,10 +21,13 @@ from benchmarks import machine
 from nbhd import linear
 from nbhd.cli._errors import reporting
 
+#: NAT-Tiny's at 224 pixels: side of a stage's map, channels, layers.
+STAGES = ((56, 64, 3), (28, 128, 4), (14, 256, 18), (7, 512, 5))
+
 #: Rows of one image, channels in, channels out.
 LAYERS = tuple(
     (side * side, inner, outer)
-    for side, dim in ((56, 64), (28, 128), (14, 256), (7, 512))
+    for side, dim, _ in STAGES
     for inner, outer in ((dim, dim), (dim, 3 * dim), (3 * dim, dim))
 )
 

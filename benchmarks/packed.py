@@ -18,15 +18,12 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks import machine
-from benchmarks.linear import in_turns, spread
+from benchmarks.linear import STAGES, in_turns, spread
 from nbhd.backends import cpu
 from nbhd.cli._errors import reporting
 from nbhd.errors import BackendError
 from nbhd.linear import Linear
 from nbhd.packed import Layers, PackedLinear
-
-#: Side of a stage's map, channels, layers.
-STAGES = ((56, 64, 3), (28, 128, 4), (14, 256, 18), (7, 512, 5))
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)  # type: ignore[arg-type]
 
@@ -59,11 +56,11 @@ def compare(
         for side, dim, layers in STAGES:
             rows = batch * side * side
             for name, products, plain, packed in ways(rows, dim):
-                ours: tuple[float, float, list[float]] = in_turns(plain, packed, rounds)
-                share = products / rate / ours[1]
-                typer.echo(f"{rows:>6} x {dim:<4} {name:<11} {ours[0]:9.3f} {ours[1]:8.3f} {share:8.2f} "
-                           f"{spread(ours[2]):>20}")  # fmt: skip
-                totals = [total + layers * time for total, time in zip(totals, ours, strict=False)]
+                *times, ratios = in_turns(plain, packed, rounds)
+                share = products / rate / times[1]
+                typer.echo(f"{rows:>6} x {dim:<4} {name:<11} {times[0]:9.3f} {times[1]:8.3f} {share:8.2f} "
+                           f"{spread(ratios):>20}")  # fmt: skip
+                totals = [total + layers * time for total, time in zip(totals, times, strict=True)]
         typer.echo(f"all of the network's     {totals[0]:9.3f} {totals[1]:8.3f}")
 
 

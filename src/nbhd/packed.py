@@ -132,7 +132,7 @@ class Layers:
         gelu: bool = False,
     ) -> None:  # fmt: skip
         self.last = last
-        self._parts = last, hidden, norm, gelu
+        self._others = hidden, norm, gelu
         self._prepared: _Prepared | None = None  # threads replace it as a whole
 
     def __call__(self, input: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor | None:
@@ -160,7 +160,7 @@ class Layers:
         for _ in range(2):
             prepared = self._prepared
             if prepared is None or not prepared.is_current():
-                prepared = self._prepared = _prepare(input.shape[-1], *self._parts)
+                prepared = self._prepared = _prepare(input.shape[-1], self.last, *self._others)
             if prepared is None or not prepared.takes(input, residual, scale):
                 return None
             try:
@@ -172,7 +172,7 @@ class Layers:
     def forget(self) -> None:
         """Drop the packed weights."""
         self._prepared = None
-        for layer in self._parts[:2]:
+        for layer in (self.last, self._others[0]):
             if layer is not None:
                 layer._packed.forget()
 
@@ -183,7 +183,7 @@ class Layers:
             self.forget()
 
     def __getstate__(self) -> dict[str, Any]:  # of copies as well
-        return {"last": self.last, "_parts": self._parts, "_prepared": None}
+        return {"last": self.last, "_others": self._others, "_prepared": None}
 
 
 class _Parameter(NamedTuple):
@@ -193,7 +193,9 @@ class _Parameter(NamedTuple):
     name: str
     #: It shares the parameter's memory, which no other tensor can come to lie in; None if there was none.
     source: Tensor | None
-    #: Address, shape, strides, dtype; of a weight that is packed also its version.
+    #: Whether it is a weight that is packed.
+    is_packed: bool
+    #: Address, shape, strides, dtype; if it is packed also its version.
     was: tuple[Any, ...]
 
     @classmethod
@@ -202,20 +204,20 @@ class _Parameter(NamedTuple):
         place = module._parameters
         parameter = place.get(name, _ABSENT)
         if parameter is None:
-            return cls(place, name, None, ())
+            return cls(place, name, None, is_packed, ())
         if parameter is _ABSENT or type(parameter) not in (Tensor, nn.Parameter):
             return None
         # what is looked at is what is computed with, whatever other threads put in its place
         source = parameter.detach()
         if not _is_dense(source, source.shape) or (is_packed and (source.is_inference() or source.ndim != 2)):
             return None
-        return cls(place, name, source, _state(source, is_packed))
+        return cls(place, name, source, is_packed, _state(source, is_packed))
 
     def is_current(self) -> bool:
         parameter = self.place.get(self.name, _ABSENT)
         if parameter is None or self.source is None or parameter is _ABSENT:
             return parameter is self.source
-        return _state(parameter, len(self.was) == 5) == self.was
+        return _state(parameter, self.is_packed) == self.was
 
     def has_shape(self, *shape: int) -> bool:
         return self.source is None or self.source.shape == shape
@@ -256,7 +258,7 @@ class _Prepared:
             return False
         now = [p.place.get(p.name) for p in self.parameters]
         # a weight that learns is not packed
-        if any(t is not None and t.requires_grad for p, t in zip(self.parameters, now, strict=True) if len(p.was) == 5):
+        if any(t is not None and t.requires_grad for p, t in zip(self.parameters, now, strict=True) if p.is_packed):
             return False
         return not torch.is_grad_enabled() or not any(
             t is not None and t.requires_grad for t in (*now, input, residual, scale)

@@ -15,11 +15,13 @@ namespace nbhd::NBHD_ISA {
 constexpr int tile_vectors = 2, tile_columns = tile_vectors * lanes;
 constexpr int most_tile_rows = registers == 32 ? 14 : 6;
 static_assert(panel_columns % tile_columns == 0);
-constexpr int64_t depth = 256;    // 32 KB of a panel, about a first-level cache
-constexpr int64_t most_rows = 98; // of a block: its inputs take a part of a second-level cache
-constexpr int64_t padding =
-    16; // floats after a row of our own: rows of powers of two would share a few lines of the cache
+constexpr int64_t depth = 256;      // 32 KB of a panel, about a first-level cache
+constexpr int64_t most_rows = 98;   // of a block: its inputs take a part of a second-level cache
+constexpr int64_t padding = 16;     // floats after a row of our own: powers of two would share a few lines of the cache
 constexpr int64_t alias = 4096 / 4; // floats: at multiples of it rows lie in the same lines of a first-level cache
+
+// From one row of our own to the next.
+NBHD_INLINE constexpr int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + padding; }
 
 NBHD_INLINE Vec load_some(const float *p, int64_t n) {
     if (n >= lanes) return load(p);
@@ -189,10 +191,10 @@ static void copy(const float *from, int64_t from_stride, float *to, int64_t to_s
 
 static void multiply(const Product &p, const Finish &f) {
     alignas(64) float edge[most_tile_rows * tile_columns]; // a tile that goes beyond the last output
+    // a panel's share of each input and each tile; those of several tiles' width lie in the same lines
+    const int64_t ahead_step = panel_columns * int64_t(sizeof(float)) / tiles(p.rows) + 1;
     for (int64_t k = 0; k < p.n; k += depth) {
         const int64_t n = p.n - k < depth ? p.n - k : depth;
-        // a panel's share of each input and each tile; those of several tiles' width lie in the same lines
-        const int64_t ahead_step = panel_columns * int64_t(sizeof(float)) / tiles(p.rows) + 1;
         const bool adds = p.adds || k, ends = p.ends && k + n == p.n;
         for (int64_t column = p.panel_begin * panel_columns;
              column < p.panel_end * panel_columns && column < p.weight->out; column += tile_columns) {
@@ -294,7 +296,7 @@ static void linear_task(int64_t i, void *context) {
     const LinearLayers &l = *job.l;
     const int64_t row = i / job.groups * job.block_rows, group = i % job.groups,
                   rows = l.rows - row < job.block_rows ? l.rows - row : job.block_rows;
-    const int64_t in_stride = (l.in + 15) / 16 * 16 + padding, between_stride = depth + padding;
+    const int64_t in_stride = padded(l.in), between_stride = padded(depth);
     const bool is_last = job.weight != &l.hidden, both = !job.weight;
     float *room = nullptr;
     if (both || !job.hidden || !is_last) {
@@ -373,7 +375,7 @@ static bool linear(const LinearLayers &l, const Threads &threads) {
         run_tasks(threads, job.blocks, linear_task, &job);
         return !job.failed;
     }
-    job.hidden_stride = (l.hidden.out + 15) / 16 * 16 + padding;
+    job.hidden_stride = padded(l.hidden.out);
     job.hidden = (float *)allocate(l.rows * job.hidden_stride * int64_t(sizeof(float)));
     const bool done = job.hidden && share(job, l.hidden, threads) && share(job, l.last, threads);
     release(job.hidden);

@@ -187,22 +187,24 @@ class _Whole:
         return None if attended is None else self._mlp.run(attended, attended, of_mlp)
 
 
+#: The parts that a layer may have to run as a whole.
+_PARTS: dict[str, type[nn.Module]] = {
+    "layernorm_before": nn.LayerNorm, "layernorm_after": nn.LayerNorm, "drop_path": nn.Identity,
+    "attention": NeighborhoodAttentionModule, "attention.self": FusedNeighborhoodAttention,
+    "attention.self.qkv": PackedLinear, "attention.output": NeighborhoodAttentionOutput,
+    "attention.output.dense": PackedLinear, "attention.output.dropout": nn.Identity, "intermediate": NatIntermediate,
+    "intermediate.dense": PackedLinear, "intermediate.intermediate_act_fn": GELUActivation, "output": NatOutput,
+    "output.dense": PackedLinear, "output.dropout": nn.Identity,
+}  # fmt: skip
+
+
 def _has_its_own_parts(layer: nn.Module) -> bool:
-    kinds: dict[str, tuple[type, ...]] = {
-        "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity,),
-        "attention": (NeighborhoodAttentionModule,), "attention.self": (FusedNeighborhoodAttention,),
-        "attention.self.qkv": (PackedLinear,), "attention.output": (NeighborhoodAttentionOutput,),
-        "attention.output.dense": (PackedLinear,), "attention.output.dropout": (nn.Identity,),
-        "intermediate": (NatIntermediate,), "intermediate.dense": (PackedLinear,),
-        "intermediate.intermediate_act_fn": (GELUActivation,), "output": (NatOutput,), "output.dense": (PackedLinear,),
-        "output.dropout": (nn.Identity,),
-    }  # fmt: skip
     parts = dict(layer.named_modules(remove_duplicate=False))
     del parts[""]
     activation = parts.get("intermediate.intermediate_act_fn")
     return (
-        parts.keys() == kinds.keys()
-        and all(type(part) in kinds[name] and is_plain(part) for name, part in parts.items())
+        parts.keys() == _PARTS.keys()
+        and all(type(part) is _PARTS[name] and is_plain(part) for name, part in parts.items())
         and getattr(activation, "act", None) is nn.functional.gelu  # and not the one written out in Python
     )
 
