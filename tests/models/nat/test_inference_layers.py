@@ -24,8 +24,7 @@ from nbhd.models.nat.inference_layers import PackedNatLayer
 from nbhd.models.nat.layers import NatLayer
 from nbhd.packed import PackedLinear
 
-needs_core = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
-pytestmark = needs_core
+pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
 
 
 @pytest.fixture(autouse=True)
