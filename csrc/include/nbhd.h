@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NBHD_ABI_VERSION 3
+#define NBHD_ABI_VERSION 4
 
 enum {
     NBHD_OK = 0,
@@ -90,17 +90,20 @@ NBHD_API int32_t nbhd_scores_backward(const nbhd_call *call);
 NBHD_API int32_t nbhd_weighted_sum(const nbhd_call *call);
 NBHD_API int32_t nbhd_weighted_sum_backward(const nbhd_call *call);
 
-/* The weight of a linear layer, packed in the order it is multiplied in. */
+/* A linear layer. Its weight is packed in the order it is multiplied in, by the caller once or by each call for itself. */
 typedef struct nbhd_weight {
-    int64_t out;         /* 0: there is no such layer */
-    const float *panels; /* [ceil(out / NBHD_PANEL)][in][NBHD_PANEL]; zeros past the last output */
-    const float *source; /* [out][in], dense, what `panels` was made of; or null. Some of its numbers are compared */
-    const float *bias;   /* [out], or null */
+    int64_t out; /* 0: there is no such layer */
+    const float *
+        panels; /* [ceil(out / NBHD_PANEL)][in][NBHD_PANEL]; zeros past the last output; null: the call packs `source` */
+    const float *
+        source; /* [out][in], dense; beside `panels` it is what they were made of, some of its numbers are compared, or null */
+    const float *bias; /* [out], or null */
 } nbhd_weight;
 
 #define NBHD_PANEL 32
+#define NBHD_LAYERS 3
 
-/* Linear layers over rows of float32, and what stands around them in a transformer. Columns are contiguous; the output shares no
+/* Linear layers over rows of float32, and what stands around them in a transformer. Columns are contiguous; outputs share no
  * memory with anything else. */
 typedef struct nbhd_linear_call {
     int64_t size; /* sizeof(nbhd_linear_call) of the caller */
@@ -111,19 +114,49 @@ typedef struct nbhd_linear_call {
     const float *norm_weight, *norm_bias;
     double norm_epsilon;
     nbhd_weight hidden; /* a layer and the exact GELU before the last layer */
-    nbhd_weight last;
+    nbhd_weight last
+        [NBHD_LAYERS]; /* up to three of the same input, such as query, key and value; those without outputs come last */
+    /* with one last layer only */
     int64_t gelu;       /* 1: the exact GELU after the last layer; 0: none */
-    const float *scale; /* [last.out], or null */
+    const float *scale; /* [out], or null */
     const float *residual;
     int64_t residual_stride;
-    float *output; /* [rows][last.out] */
-    int64_t output_stride;
+    float *output[NBHD_LAYERS]; /* [rows][out] of each */
+    int64_t output_stride[NBHD_LAYERS];
+    /* for the gradients, or null */
+    float *moments; /* [rows][2]: mean and 1 / sqrt(variance + norm_epsilon) */
+    float *sums;    /* [rows][hidden.out]: what GELU is taken of */
     nbhd_parallel_for parallel_for;
     int64_t threads;
 } nbhd_linear_call;
 
 /* output = residual + scale * gelu(last(gelu(hidden(norm(input))))), with those parts that are there. */
 NBHD_API int32_t nbhd_linear(const nbhd_linear_call *call);
+
+/* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense. Of a weight it is `source` that is read. What is
+ * asked of parts that are not there is not written. */
+typedef struct nbhd_linear_gradients_call {
+    int64_t size; /* sizeof(nbhd_linear_gradients_call) of the caller */
+    int64_t rows, in;
+    const float *input; /* [rows][in] */
+    int64_t norm;
+    const float *norm_weight, *norm_bias;
+    nbhd_weight hidden;
+    nbhd_weight last[NBHD_LAYERS];
+    const float *moments, *sums; /* as nbhd_linear wrote them */
+    double factor;
+    const float *d_output[NBHD_LAYERS]; /* [rows][out] of each */
+    const float *added;                 /* [rows][in], added to d_input; or null */
+    /* what is wanted, each like what it is the gradient of; null: not this one */
+    float *d_input;
+    float *d_norm_weight, *d_norm_bias;
+    float *d_hidden_weight, *d_hidden_bias;
+    float *d_weight[NBHD_LAYERS], *d_bias[NBHD_LAYERS];
+    nbhd_parallel_for parallel_for;
+    int64_t threads;
+} nbhd_linear_gradients_call;
+
+NBHD_API int32_t nbhd_linear_gradients(const nbhd_linear_gradients_call *call);
 
 NBHD_API int32_t nbhd_abi_version(void);
 NBHD_API const char *

@@ -9,7 +9,7 @@ struct InstructionSet {
     bool (*usable)();
     bool (*worth_it)();              // on this machine, where nobody names it
     const Kernels *f32, *f64, *bf16; // arithmetic in float, in double; of bfloat16 tensors
-    LinearKernel const *linear;
+    const LinearKernels *linear;
 };
 
 // The best instruction set this machine has, or the one NBHD_CPU_ISA names; null when there is none.

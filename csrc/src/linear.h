@@ -1,4 +1,4 @@
-// A checked call of linear layers: what their kernels may rely on. Plain data, as in problem.h.
+// Checked calls of linear layers: what their kernels may rely on. Plain data, as in problem.h.
 #pragma once
 #include "problem.h"
 
@@ -6,10 +6,11 @@ namespace nbhd {
 
 // Outputs that lie together in a packed weight: [panel][input][panel_columns].
 constexpr int64_t panel_columns = 32;
+constexpr int most_layers = 3; // of the same input
 
 struct Weight {
     int64_t out;
-    const float *panels, *bias; // bias: or null
+    const float *panels, *source, *bias; // panels: or null, source is to be packed; bias: or null
 
     int64_t n_panels() const { return (out + panel_columns - 1) / panel_columns; }
 };
@@ -18,25 +19,55 @@ struct Weight {
 struct Rows {
     const float *data;
     int64_t stride;
+
+    Rows from(int64_t row) const { return {data ? data + row * stride : nullptr, stride}; }
+};
+struct Output {
+    float *data;
+    int64_t stride;
+};
+
+struct Norm {
+    bool is_there;
+    const float *weight, *bias; // or null
 };
 
 // output = residual + scale * last(gelu(hidden(norm(input)))), with the parts that a call has.
 struct LinearLayers {
     int64_t rows, in;
     Rows input;
-    bool normalises;
-    const float *norm_weight, *norm_bias; // or null
+    Norm norm;
     float epsilon;
     Weight hidden; // without outputs: there is none
-    Weight last;
+    Weight last[most_layers];
+    int n_last;
     bool gelu;          // after the last layer
     const float *scale; // or null
     Rows residual;      // without data: none
-    float *output;
-    int64_t output_stride;
+    Output output[most_layers];
+    float *moments, *sums; // or null: nobody wants them
 };
 
-// Returns false when memory ran out.
-using LinearKernel = bool (*)(const LinearLayers &, const Threads &);
+// Gradients of output = factor * last(gelu(hidden(norm(input)))). Those that are null are not wanted.
+struct LinearGradients {
+    int64_t rows, in;
+    const float *input;
+    Norm norm;
+    Weight hidden;
+    Weight last[most_layers];
+    int n_last;
+    const float *moments, *sums;
+    float factor;
+    const float *d_output[most_layers];
+    const float *added; // to d_input; or null
+    float *d_input, *d_norm_weight, *d_norm_bias, *d_hidden_weight, *d_hidden_bias;
+    float *d_weight[most_layers], *d_bias[most_layers];
+};
+
+// They return false when memory ran out.
+struct LinearKernels {
+    bool (*layers)(const LinearLayers &, const Threads &);
+    bool (*gradients)(const LinearGradients &, const Threads &);
+};
 
 } // namespace nbhd

@@ -2,7 +2,6 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <utility>
 
 #include "../include/nbhd.h"
 #include "call_size.h"
@@ -36,47 +35,116 @@ bool is_of_source(const nbhd_weight &w, int64_t in) {
 }
 
 int32_t check_weight(const nbhd_weight &w, int64_t in) {
-    if (w.out < 0 || w.out > most_columns) return NBHD_BAD_SHAPE;
+    if (w.out < 0 || w.out > most_columns || !rows_fit(w.out, in, in)) return NBHD_BAD_SHAPE;
     if (!w.out) return NBHD_OK;
-    if (!is_aligned(w.panels) || !is_aligned_or_null(w.source) || !is_aligned_or_null(w.bias)) return NBHD_BAD_POINTER;
-    return is_of_source(w, in) ? NBHD_OK : NBHD_STALE_WEIGHT;
+    if (!is_aligned_or_null(w.panels) || !is_aligned_or_null(w.source) || !is_aligned_or_null(w.bias) ||
+        (!w.panels && !w.source))
+        return NBHD_BAD_POINTER;
+    return !w.panels || is_of_source(w, in) ? NBHD_OK : NBHD_STALE_WEIGHT;
+}
+
+// What both calls have: the weights, and the sizes of what is between them.
+template <class Call>
+int32_t check_layers(const Call &c, int &n_last) {
+    if (c.norm < 0 || c.norm > 1) return NBHD_UNSUPPORTED;
+    if (c.rows < 0 || c.rows > most_numbers || c.in < 1 || c.in > most_columns || c.last[0].out < 1)
+        return NBHD_BAD_SHAPE;
+    if (const int32_t status = check_weight(c.hidden, c.in)) return status;
+    const int64_t of_last = c.hidden.out ? c.hidden.out : c.in;
+    if (!rows_fit(c.rows, c.hidden.out, c.hidden.out)) return NBHD_BAD_SHAPE;
+    n_last = 0;
+    for (int i = 0; i < NBHD_LAYERS; i++) {
+        if (const int32_t status = check_weight(c.last[i], of_last)) return status;
+        if (!c.last[i].out) continue;
+        if (n_last++ < i) return NBHD_BAD_SHAPE; // one without outputs is before it
+    }
+    if (n_last > 1 && c.hidden.out) return NBHD_UNSUPPORTED;
+    return is_aligned_or_null(c.norm_weight) && is_aligned_or_null(c.norm_bias) ? NBHD_OK : NBHD_BAD_POINTER;
+}
+
+Weight weight_of(const nbhd_weight &w) { return {w.out, w.panels, w.source, w.bias}; }
+
+Threads threads_of(nbhd_parallel_for parallel_for, int64_t threads) {
+    return {reinterpret_cast<void *>(parallel_for), threads < 1 ? 1 : threads > 1024 ? 1024 : threads};
 }
 
 int32_t run(const nbhd_linear_call *call) {
     if (const int32_t status = check_size(call, sizeof(nbhd_linear_call))) return status;
     const nbhd_linear_call &c = *call;
-    if (c.norm < 0 || c.norm > 1 || c.gelu < 0 || c.gelu > 1) return NBHD_UNSUPPORTED;
-    if (c.rows < 0 || c.rows > most_numbers || c.in < 1 || c.in > most_columns || c.last.out < 1) return NBHD_BAD_SHAPE;
+    int n_last;
+    if (c.gelu < 0 || c.gelu > 1) return NBHD_UNSUPPORTED;
     if (c.norm && !(c.norm_epsilon >= 0 && c.norm_epsilon - c.norm_epsilon == 0)) return NBHD_BAD_SHAPE;
-    const int64_t of_last = c.hidden.out > 0 ? c.hidden.out : c.in;
-    for (const auto &[weight, in] : {std::pair{&c.hidden, c.in}, std::pair{&c.last, of_last}})
-        if (const int32_t status = check_weight(*weight, in)) return status;
-    if (!rows_fit(c.rows, c.in, c.input_stride) || !rows_fit(c.rows, c.last.out, c.output_stride) ||
-        (c.residual && !rows_fit(c.rows, c.last.out, c.residual_stride)) ||
-        (c.hidden.out && !rows_fit(c.rows, c.hidden.out, c.hidden.out)))
+    if (const int32_t status = check_layers(c, n_last)) return status;
+    if (n_last > 1 && (c.gelu || c.scale || c.residual)) return NBHD_UNSUPPORTED;
+    if (!rows_fit(c.rows, c.in, c.input_stride) || (c.residual && !rows_fit(c.rows, c.last[0].out, c.residual_stride)))
         return NBHD_BAD_SHAPE;
-    if (!is_aligned_or_null(c.norm_weight) || !is_aligned_or_null(c.norm_bias) || !is_aligned_or_null(c.scale) ||
-        !is_aligned_or_null(c.residual))
-        return NBHD_BAD_POINTER;
-    if (c.rows && (!is_aligned(c.input) || !is_aligned(c.output))) return NBHD_BAD_POINTER;
+    for (int i = 0; i < n_last; i++)
+        if (!rows_fit(c.rows, c.last[i].out, c.output_stride[i])) return NBHD_BAD_SHAPE;
+    for (const float *p :
+         {c.scale, c.residual, static_cast<const float *>(c.moments), static_cast<const float *>(c.sums)})
+        if (!is_aligned_or_null(p)) return NBHD_BAD_POINTER;
+    for (int i = 0; i < n_last; i++)
+        if (c.rows && (!is_aligned(c.input) || !is_aligned(c.output[i]))) return NBHD_BAD_POINTER;
     const InstructionSet *set = instruction_set();
     if (!set) return NBHD_UNSUPPORTED;
     if (!c.rows) return NBHD_OK;
     LinearLayers l{};
     l.rows = c.rows, l.in = c.in, l.input = {c.input, c.input_stride};
-    l.normalises = c.norm == 1, l.norm_weight = c.norm_weight, l.norm_bias = c.norm_bias;
-    l.epsilon = float(c.norm_epsilon);
-    l.hidden = {c.hidden.out, c.hidden.panels, c.hidden.bias}, l.last = {c.last.out, c.last.panels, c.last.bias};
+    l.norm = {c.norm == 1, c.norm_weight, c.norm_bias}, l.epsilon = float(c.norm_epsilon);
+    l.hidden = weight_of(c.hidden), l.n_last = n_last;
     l.gelu = c.gelu == 1, l.scale = c.scale, l.residual = {c.residual, c.residual_stride};
-    l.output = c.output, l.output_stride = c.output_stride;
-    if (c.output_stride == c.last.out) will_fill(c.output, c.rows * c.last.out * int64_t(sizeof(float)));
-    const Threads threads{reinterpret_cast<void *>(c.parallel_for), c.threads < 1      ? 1
-                                                                    : c.threads > 1024 ? 1024
-                                                                                       : c.threads};
-    return (*set->linear)(l, threads) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
+    l.moments = c.moments, l.sums = c.sums;
+    for (int i = 0; i < n_last; i++) {
+        const int64_t out = c.last[i].out;
+        l.last[i] = weight_of(c.last[i]), l.output[i] = {c.output[i], c.output_stride[i]};
+        if (c.output_stride[i] == out) will_fill(c.output[i], c.rows * out * int64_t(sizeof(float)));
+    }
+    if (c.sums) will_fill(c.sums, c.rows * c.hidden.out * int64_t(sizeof(float)));
+    return set->linear->layers(l, threads_of(c.parallel_for, c.threads)) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
+}
+
+int32_t run(const nbhd_linear_gradients_call *call) {
+    if (const int32_t status = check_size(call, sizeof(nbhd_linear_gradients_call))) return status;
+    const nbhd_linear_gradients_call &c = *call;
+    int n_last;
+    if (const int32_t status = check_layers(c, n_last)) return status;
+    const float factor = float(c.factor);
+    if (factor - factor != 0) return NBHD_UNSUPPORTED; // not a number, or none of a float's
+    if (!rows_fit(c.rows, c.in, c.in)) return NBHD_BAD_SHAPE;
+    const auto lacks_source = [](const nbhd_weight &w) { return w.out && !w.source; };
+    if (lacks_source(c.hidden) || !is_aligned(c.input) || (c.norm && !is_aligned(c.moments)) ||
+        (c.hidden.out && !is_aligned(c.sums)))
+        return NBHD_BAD_POINTER;
+    for (const float *p : {c.added, static_cast<const float *>(c.d_input), static_cast<const float *>(c.d_norm_weight),
+                           static_cast<const float *>(c.d_norm_bias), static_cast<const float *>(c.d_hidden_weight),
+                           static_cast<const float *>(c.d_hidden_bias)})
+        if (!is_aligned_or_null(p)) return NBHD_BAD_POINTER;
+    for (int i = 0; i < n_last; i++) {
+        if (!rows_fit(c.rows, c.last[i].out, c.last[i].out)) return NBHD_BAD_SHAPE;
+        if (lacks_source(c.last[i]) || !is_aligned(c.d_output[i]) || !is_aligned_or_null(c.d_weight[i]) ||
+            !is_aligned_or_null(c.d_bias[i]))
+            return NBHD_BAD_POINTER;
+    }
+    const InstructionSet *set = instruction_set();
+    if (!set) return NBHD_UNSUPPORTED;
+    if (!c.rows) return NBHD_BAD_SHAPE; // sums over nothing are the caller's
+    LinearGradients g{};
+    g.rows = c.rows, g.in = c.in, g.input = c.input;
+    g.norm = {c.norm == 1, c.norm_weight, c.norm_bias};
+    g.hidden = weight_of(c.hidden), g.n_last = n_last, g.factor = factor;
+    g.moments = c.moments, g.sums = c.sums, g.added = c.added, g.d_input = c.d_input;
+    g.d_norm_weight = c.d_norm_weight, g.d_norm_bias = c.d_norm_bias;
+    g.d_hidden_weight = c.d_hidden_weight, g.d_hidden_bias = c.d_hidden_bias;
+    for (int i = 0; i < n_last; i++) {
+        g.last[i] = weight_of(c.last[i]), g.d_output[i] = c.d_output[i];
+        g.d_weight[i] = c.d_weight[i], g.d_bias[i] = c.d_bias[i];
+    }
+    if (c.d_input) will_fill(c.d_input, c.rows * c.in * int64_t(sizeof(float)));
+    return set->linear->gradients(g, threads_of(c.parallel_for, c.threads)) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
 }
 
 } // namespace
 } // namespace nbhd
 
 extern "C" int32_t nbhd_linear(const nbhd_linear_call *call) { return nbhd::run(call); }
+extern "C" int32_t nbhd_linear_gradients(const nbhd_linear_gradients_call *call) { return nbhd::run(call); }

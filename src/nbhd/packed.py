@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nbhd.backends import cpu, cpu_linear
+from nbhd.backends.cpu_linear import is_dense
 from nbhd.linear import Linear, is_left_to_us, one_piece_is_faster, runs_in_one_piece
 
 #: Numbers of a convolution's weight that are compared at each call, a microsecond or two.
@@ -209,7 +210,7 @@ class _Parameter(NamedTuple):
             return None
         # what is looked at is what is computed with, whatever other threads put in its place
         source = parameter.detach()
-        if not _is_dense(source, source.shape) or (is_packed and (source.is_inference() or source.ndim != 2)):
+        if not is_dense(source, source.shape) or (is_packed and (source.is_inference() or source.ndim != 2)):
             return None
         return cls(place, name, source, is_packed, _state(source, is_packed))
 
@@ -252,9 +253,9 @@ class _Prepared:
         call = self.call
         if input.shape[-1] != call.features:
             return False
-        if not (residual is None or _is_dense(residual, (*input.shape[:-1], call.out))):
+        if not (residual is None or is_dense(residual, (*input.shape[:-1], call.out))):
             return False
-        if not (scale is None or _is_dense(scale, (call.out,))):
+        if not (scale is None or is_dense(scale, (call.out,))):
             return False
         now = [p.place.get(p.name) for p in self.parameters]
         # a weight that learns is not packed
@@ -294,19 +295,6 @@ def _prepare(
         features = out
     call = cpu_linear.PreparedLayers(layers[-1], layers[0] if hidden is not None else None, of_norm, gelu)
     return _Prepared(call, tuple(layers), tuple(p for p in found if p is not None), norm, settings)
-
-
-def _is_dense(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the core may read it as it lies: plain float32, of this shape, in order, in the CPU's memory."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype == torch.float32
-        and tensor.shape == shape
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and tensor.device.type == "cpu"
-        and tensor.data_ptr() != 0
-    )
 
 
 class PackedConv2d(nn.Conv2d):

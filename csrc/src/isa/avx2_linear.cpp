@@ -4,8 +4,9 @@
 #define NBHD_VECTOR_BYTES 32
 #define NBHD_REGISTERS 16
 #include "../kernels/linear.h"
+#include "../kernels/linear_gradients.h"
 
 namespace nbhd {
-extern const LinearKernel avx2_linear_kernel;
-const LinearKernel avx2_linear_kernel = NBHD_ISA::linear;
+extern const LinearKernels avx2_linear_kernels;
+const LinearKernels avx2_linear_kernels = {NBHD_ISA::linear, NBHD_ISA::linear_gradients};
 } // namespace nbhd

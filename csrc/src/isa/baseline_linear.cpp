@@ -4,8 +4,9 @@
 #define NBHD_VECTOR_BYTES 16
 #define NBHD_REGISTERS 16
 #include "../kernels/linear.h"
+#include "../kernels/linear_gradients.h"
 
 namespace nbhd {
-extern const LinearKernel baseline_linear_kernel;
-const LinearKernel baseline_linear_kernel = NBHD_ISA::linear;
+extern const LinearKernels baseline_linear_kernels;
+const LinearKernels baseline_linear_kernels = {NBHD_ISA::linear, NBHD_ISA::linear_gradients};
 } // namespace nbhd

@@ -4,8 +4,9 @@
 #define NBHD_VECTOR_BYTES 16
 #define NBHD_REGISTERS 32
 #include "../kernels/linear.h"
+#include "../kernels/linear_gradients.h"
 
 namespace nbhd {
-extern const LinearKernel neon_linear_kernel;
-const LinearKernel neon_linear_kernel = NBHD_ISA::linear;
+extern const LinearKernels neon_linear_kernels;
+const LinearKernels neon_linear_kernels = {NBHD_ISA::linear, NBHD_ISA::linear_gradients};
 } // namespace nbhd

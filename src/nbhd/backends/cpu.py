@@ -27,7 +27,7 @@ from nbhd.qkv import Three
 
 NAME = "cpu"
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -45,7 +45,7 @@ _NO_WEIGHTS = bytes(_WEIGHTS.size)
 _BAD_POINTER = 5
 
 
-class _Library:
+class Library:
     """The loaded library and what torch lends it."""
 
     def __init__(self, path: Path) -> None:
@@ -63,10 +63,10 @@ class _Library:
         self.forward, self.backward = library.nbhd_forward, library.nbhd_backward
         self.scores, self.scores_backward = library.nbhd_scores, library.nbhd_scores_backward
         self.weighted_sum, self.weighted_sum_backward = library.nbhd_weighted_sum, library.nbhd_weighted_sum_backward
-        self.linear = library.nbhd_linear
+        self.linear, self.linear_gradients = library.nbhd_linear, library.nbhd_linear_gradients
         for entry in (
             self.forward, self.backward, self.scores, self.scores_backward, self.weighted_sum,
-            self.weighted_sum_backward, self.linear,
+            self.weighted_sum_backward, self.linear, self.linear_gradients,
         ):  # fmt: skip
             entry.restype, entry.argtypes = ctypes.c_int32, [ctypes.c_char_p]
         self.parallel_for = _torch_parallel_for()
@@ -97,13 +97,13 @@ def _candidates() -> list[Path]:
 
 
 @functools.cache
-def _load() -> _Library | str:
+def _load() -> Library | str:
     """The library, or why there is none."""
     tried = _candidates()
     for path in tried:
         if path.exists():
             try:
-                library = _Library(path)
+                library = Library(path)
             except (OSError, AttributeError) as error:
                 return f"the native library does not load: {error}."
             if library.isa == "none":
@@ -368,7 +368,7 @@ def _run(
         refused(library, status)
 
 
-def loaded_library() -> _Library:
+def loaded_library() -> Library:
     """The library and what torch lends it; raises BackendError where there is none."""
     library = _load()
     if isinstance(library, str):
@@ -376,12 +376,12 @@ def loaded_library() -> _Library:
     return library
 
 
-def refused(library: _Library, status: int) -> None:
+def refused(library: Library, status: int) -> None:
     """Raise BackendError with what the library says of a status."""
     raise BackendError(f"the native core refused the call: {library.status_text(status).decode()} (status {status}).")
 
 
-def _usable(library: _Library, status: int, *tensors: Tensor | None) -> Any:
+def _usable(library: Library, status: int, *tensors: Tensor | None) -> Any:
     """The tensors of a call that was refused, in memory that the library takes. Raises BackendError if it was that."""
     aligned = [None if t is None else _aligned(t) for t in tensors]
     if status != _BAD_POINTER or all(a is t for a, t in zip(aligned, tensors, strict=True)):

@@ -1,25 +1,34 @@
 """Linear layers over rows, and what stands around them in a transformer, in the native CPU core.
 
 One call is a layer norm, a linear layer with GELU and another one, a factor and a residual, or some of these
-(``nbhd_linear`` in ``csrc/include/nbhd.h``); what lies between them never leaves a thread's cache.
+(``nbhd_linear`` in ``csrc/include/nbhd.h``); what lies between them never leaves a thread's cache. `PreparedLayers` has
+its weights in the order they are multiplied in; `run` and `gradients` put them in order at each call.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbhd.backends import cpu
 
 #: Outputs that lie together in a packed weight.
 PANEL = 32
 
-# nbhd_linear_call: size, rows, in, input; norm, the two weights, gelu; what else comes after, output, threads.
-_INPUT, _LAYERS, _OUTPUT = struct.Struct("=5q"), struct.Struct("=3qd9q"), struct.Struct("=7q")
+#: Layers of the same input that a call can have.
+MOST_LAYERS = 3
+
+# nbhd_linear_call: size, rows, in, input; norm, the hidden and the last weights, gelu; what else comes after, outputs,
+# what is kept for the gradients, threads.
+_INPUT, _LAYERS, _OUTPUT = struct.Struct("=5q"), struct.Struct("=3qd17q"), struct.Struct("=13q")
 _CALL_BYTES = _INPUT.size + _LAYERS.size + _OUTPUT.size
+# nbhd_linear_gradients_call: size, rows, in, input, norm, the weights, what was kept; factor; gradients, threads.
+_GIVEN, _FACTOR, _WANTED = struct.Struct("=25q"), struct.Struct("=d"), struct.Struct("=17q")
+_GRADIENTS_CALL_BYTES = _GIVEN.size + _FACTOR.size + _WANTED.size
 _NO_LAYER = (0,) * 4
 
 _BAD_SHAPE, _BAD_POINTER, _STALE_WEIGHT = 3, 5, 8
@@ -29,12 +38,12 @@ class Layer(NamedTuple):
     """A linear layer.
 
     Attributes:
-        panels: `pack` of the weight.
+        panels: `pack` of the weight; None: each call packs it.
         weight: ``[out, in]``, float32, dense.
         bias: ``[out]``, float32, dense, or None.
     """
 
-    panels: Tensor
+    panels: Tensor | None
     weight: Tensor
     bias: Tensor | None
 
@@ -45,6 +54,19 @@ class Norm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     epsilon: float
+
+
+def is_dense(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the core may read it as it lies: plain float32, of this shape, in order, in the CPU's memory."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and tensor.device.type == "cpu"
+        and tensor.data_ptr() != 0
+    )
 
 
 class Stale(Exception):
@@ -80,10 +102,7 @@ class PreparedLayers:
         self._library = cpu.loaded_library()
         self.features = (last if hidden is None else hidden).weight.shape[1]
         self.out = last.weight.shape[0]
-        self._layers = _LAYERS.pack(
-            *((1, _pointer(norm.weight), _pointer(norm.bias), norm.epsilon) if norm else (0, 0, 0, 0.0)),
-            *(_NO_LAYER if hidden is None else _numbers(hidden)), *_numbers(last), gelu,
-        )  # fmt: skip
+        self._layers = _LAYERS.pack(*_of_norm(norm), *_of_layers(hidden, (last,)), gelu)
 
     def __call__(self, input: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor | None:
         """The output.
@@ -106,22 +125,134 @@ class PreparedLayers:
             _INPUT.pack(_CALL_BYTES, input.numel() // features, features, input.data_ptr(), features)
             + self._layers
             + _OUTPUT.pack(
-                0 if scale is None else scale.data_ptr(), 0 if residual is None else residual.data_ptr(), out,
-                output.data_ptr(), out, library.parallel_for, torch.get_num_threads(),
+                _pointer(scale), _pointer(residual), out, output.data_ptr(), 0, 0, out, 0, 0, 0, 0,
+                library.parallel_for, torch.get_num_threads(),
             )
         )  # fmt: skip
-        if not status:
-            return output
         if status == _STALE_WEIGHT:
             raise Stale
-        if status not in (_BAD_SHAPE, _BAD_POINTER):
-            cpu.refused(library, status)
-        return None
+        return output if _is_done(library, status) else None
+
+
+class Made(NamedTuple):
+    """What `run` has made.
+
+    Attributes:
+        outputs: ``[..., out]`` of each last layer.
+        moments: ``[rows, 2]``, of each row its mean and one over its deviation, for the gradients of a norm.
+        sums: ``[rows, hidden]``, what GELU was taken of.
+    """
+
+    outputs: tuple[Tensor, ...]
+    moments: Tensor | None
+    sums: Tensor | None
+
+
+def run(
+    input: Tensor, last: Sequence[Layer], hidden: Layer | None, norm: Norm | None, scale: Tensor | None,
+    residual: Tensor | None, keeps: bool,
+) -> Made | None:  # fmt: skip
+    """``residual + scale * last(gelu(hidden(norm(input))))`` with those parts that are given.
+
+    Args:
+        input: ``[..., in]``, float32, dense, as everything here.
+        last: up to `MOST_LAYERS` of the same input; one if there are ``hidden``, ``scale`` or ``residual``.
+        hidden: a layer before it, which the exact GELU follows.
+        norm: of the input.
+        scale: ``[out]``, or None.
+        residual: ``[..., out]``, or None.
+        keeps: keep what `gradients` asks for.
+
+    Returns:
+        None if the library does not take a tensor's memory (at odd bytes of a file) or a size or epsilon.
+    """
+    library, features = cpu.loaded_library(), input.shape[-1]
+    rows = input.numel() // features
+    widths = [layer.weight.shape[0] for layer in last]
+    outputs = tuple(input.new_empty((*input.shape[:-1], width)) for width in widths)
+    moments = input.new_empty(rows, 2) if keeps and norm is not None else None
+    sums = input.new_empty(rows, hidden.weight.shape[0]) if keeps and hidden is not None else None
+    status = library.linear(
+        _INPUT.pack(_CALL_BYTES, rows, features, input.data_ptr(), features)
+        + _LAYERS.pack(*_of_norm(norm), *_of_layers(hidden, last), 0)
+        + _OUTPUT.pack(
+            _pointer(scale), _pointer(residual), widths[0], *_pointers(outputs), *_three(widths), _pointer(moments),
+            _pointer(sums), library.parallel_for, torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return Made(outputs, moments, sums) if _is_done(library, status) else None
+
+
+class Gradients(NamedTuple):
+    """Tensors that `gradients` writes, each like what it is the gradient of; None: not wanted."""
+
+    input: Tensor | None
+    norm: tuple[Tensor | None, Tensor | None]
+    hidden: tuple[Tensor | None, Tensor | None]
+    last: Sequence[tuple[Tensor | None, Tensor | None]]
+
+
+def gradients(
+    input: Tensor, last: Sequence[Layer], hidden: Layer | None, norm: Norm | None, moments: Tensor | None,
+    sums: Tensor | None, factor: float, d_outputs: Sequence[Tensor], added: Tensor | None, into: Gradients,
+) -> bool:  # fmt: skip
+    """Gradients of ``factor * last(gelu(hidden(norm(input))))``.
+
+    Args:
+        input, last, hidden, norm: those of `run`, and what it kept in ``moments`` and ``sums``.
+        d_outputs: like the outputs.
+        added: like the input, added to its gradient; or None.
+        into: what is wanted.
+
+    Returns:
+        Whether the library took the tensors, as `run` may not; nothing is written otherwise.
+    """
+    library, features = cpu.loaded_library(), input.shape[-1]
+    weights, biases = zip(*into.last, strict=True)
+    status = library.linear_gradients(
+        _GIVEN.pack(
+            _GRADIENTS_CALL_BYTES, input.numel() // features, features, input.data_ptr(), *_of_norm(norm)[:3],
+            *_of_layers(hidden, last), _pointer(moments), _pointer(sums),
+        )
+        + _FACTOR.pack(factor)
+        + _WANTED.pack(
+            *_pointers(d_outputs), _pointer(added), _pointer(into.input), *map(_pointer, into.norm),
+            *map(_pointer, into.hidden), *_pointers(weights), *_pointers(biases), library.parallel_for,
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return _is_done(library, status)
+
+
+def _is_done(library: cpu.Library, status: int) -> bool:
+    """Whether the library has done it; it may not take a tensor's memory or a size."""
+    if status not in (0, _BAD_SHAPE, _BAD_POINTER):
+        cpu.refused(library, status)
+    return not status
+
+
+def _of_norm(norm: Norm | None) -> tuple[int, int, int, float]:
+    return (1, _pointer(norm.weight), _pointer(norm.bias), norm.epsilon) if norm else (0, 0, 0, 0.0)
+
+
+def _of_layers(hidden: Layer | None, last: Sequence[Layer]) -> list[int]:
+    numbers: list[int] = []
+    for layer in (hidden, *last, *(None,) * (MOST_LAYERS - len(last))):
+        numbers += _NO_LAYER if layer is None else _numbers(layer)
+    return numbers
 
 
 def _numbers(layer: Layer) -> tuple[int, int, int, int]:
-    return layer.weight.shape[0], layer.panels.data_ptr(), layer.weight.data_ptr(), _pointer(layer.bias)
+    return layer.weight.shape[0], _pointer(layer.panels), layer.weight.data_ptr(), _pointer(layer.bias)
 
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    return _three([_pointer(tensor) for tensor in tensors])
+
+
+def _three(numbers: list[int]) -> list[int]:
+    return numbers + [0] * (MOST_LAYERS - len(numbers))

@@ -1,0 +1,106 @@
+// Layer norm of rows, (x - mean) / sqrt(variance + epsilon) * weight + bias, the variance that of all numbers there are; and its
+// gradients.
+#pragma once
+#include "rows.h"
+
+namespace nbhd::NBHD_ISA {
+
+// The sum of a vector's lanes, in each of them.
+template <int half, int... i>
+NBHD_INLINE Vec add_across(Vec v, Sequence<i...>) {
+    return v + __builtin_shufflevector(v, v, (i ^ half)...);
+}
+NBHD_INLINE Vec total(Vec v) {
+    if constexpr (lanes > 8) v = add_across<8>(v, EachLane{});
+    if constexpr (lanes > 4) v = add_across<4>(v, EachLane{});
+    v = add_across<2>(v, EachLane{});
+    return add_across<1>(v, EachLane{});
+}
+
+// Of a row: its mean, and one over its deviation.
+struct Moments {
+    float mean, factor;
+};
+
+NBHD_INLINE Moments moments_of(const float *x, int64_t n, float epsilon) {
+    const Vec over_n = splat(1 / float(n));
+    Vec sum[2] = {};
+    for (int64_t i = 0; i < n; i += 2 * lanes)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) sum[v] += load_some(x + i + v * lanes, n - i - v * lanes);
+    const Vec mean = total(sum[0] + sum[1]) * over_n;
+    sum[0] = sum[1] = Vec{};
+    for (int64_t i = 0; i < n; i += 2 * lanes)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+            const int64_t left = n - i - v * lanes;
+            if (left <= 0) continue;
+            Vec d = load_some(x + i + v * lanes, left) - mean;
+            if (left < lanes) d = lane_numbers() < Int(left) ? d : Vec{};
+            sum[v] = fma(d, d, sum[v]);
+        }
+    const float variance = total(sum[0] + sum[1])[0] * over_n[0];
+    return {mean[0], 1 / __builtin_sqrtf(variance + epsilon)};
+}
+
+NBHD_INLINE Vec normalised(const float *x, int64_t left, Moments m) {
+    return (load_some(x, left) - splat(m.mean)) * splat(m.factor);
+}
+
+// `n` columns of a row from column `first` on.
+NBHD_INLINE void normalise_row(const float *x, Moments m, const Norm &norm, int64_t first, int64_t n, float *to) {
+    for (int64_t i = 0; i < n; i += lanes) {
+        const int64_t left = n - i;
+        Vec y = normalised(x + first + i, left, m);
+        if (norm.weight) y *= load_some(norm.weight + first + i, left);
+        if (norm.bias) y += load_some(norm.bias + first + i, left);
+        store_some(to + i, y, left);
+    }
+}
+
+// `moments`: where to keep them, [rows][2], or null.
+static void normalise(Rows input, const Norm &norm, float epsilon, int64_t rows, int64_t n, float *moments, float *to,
+                      int64_t stride) {
+    for (int64_t r = 0; r < rows; r++, to += stride) {
+        const float *x = input.data + r * input.stride;
+        const Moments m = moments_of(x, n, epsilon);
+        if (moments) moments[2 * r] = m.mean, moments[2 * r + 1] = m.factor;
+        normalise_row(x, m, norm, 0, n, to);
+    }
+}
+
+// d_input = what the norm makes of `d`, the gradient of its output, plus `added` if that has data. d_weight and d_bias, [n], become
+// those of these rows.
+static void normalise_backward(Rows input, const float *moments, const float *weight, Rows d, Rows added, int64_t rows,
+                               int64_t n, float *d_input, float *d_weight, float *d_bias) {
+    for (int64_t i = 0; i < n; i += lanes) store_some(d_weight + i, Vec{}, n - i), store_some(d_bias + i, Vec{}, n - i);
+    const Vec over_n = splat(1 / float(n));
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = input.data + r * input.stride, *g = d.data + r * d.stride;
+        const Moments m{moments[2 * r], moments[2 * r + 1]};
+        Vec sum{}, with_x{};
+        for (int64_t i = 0; i < n; i += lanes) {
+            const int64_t left = n - i;
+            const Vec y = normalised(x + i, left, m);
+            Vec dy = load_some(g + i, left);
+            if (left < lanes) dy = lane_numbers() < Int(left) ? dy : Vec{};
+            store_some(d_bias + i, load_some(d_bias + i, left) + dy, left);
+            store_some(d_weight + i, fma(dy, y, load_some(d_weight + i, left)), left);
+            if (weight) dy *= load_some(weight + i, left);
+            sum += dy, with_x = fma(dy, y, with_x);
+        }
+        if (!d_input) continue;
+        const Vec mean = total(sum) * over_n, slope = total(with_x) * over_n;
+        float *to = d_input + r * n;
+        for (int64_t i = 0; i < n; i += lanes) {
+            const int64_t left = n - i;
+            Vec dy = load_some(g + i, left);
+            if (weight) dy *= load_some(weight + i, left);
+            Vec dx = (dy - mean - normalised(x + i, left, m) * slope) * splat(m.factor);
+            if (added.data) dx += load_some(added.data + r * added.stride + i, left);
+            store_some(to + i, dx, left);
+        }
+    }
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,280 @@
+// Gradients of linear layers and of what stands before them: back through the last layers, GELU, the hidden one and the layer norm,
+// block by block as in linear.h; and those of weights and biases. Where weights are small and rows are many, a task adds what each of
+// its blocks makes of the weights' gradients while the block is in its cache; elsewhere that comes after.
+#pragma once
+#include "weight_gradient.h"
+
+namespace nbhd::NBHD_ISA {
+
+constexpr int64_t small_weights = int64_t(1)
+                                  << 17; // numbers of all weights: with their packed copies half a second-level cache
+constexpr int64_t least_blocks_of_slice = 4;
+
+// What a part of a call computes: the gradient of the hidden layer's sums; that of the input, or of its norm's output, from it;
+// what the norm makes of that; or all of them, of a block; or of a slice of blocks, and the weights' as well.
+enum class GradientStage { hidden, input, norm, block, slice };
+
+struct GradientJob {
+    const LinearGradients *g;
+    Weight hidden, last[most_layers]; // packed for the other way: their outputs are what was input
+    float *d_hidden;                  // [rows][hidden_stride], unless a task keeps that of its block
+    int64_t hidden_stride;
+    float *d_normalised; // where that is computed apart: [rows][padded(in)]
+    float *of_norm;      // [blocks][2][in]: what each block adds to the gradients of its weight and bias
+    bool wants_input;    // or what is computed from it
+    Blocks blocks;
+    int64_t slice_blocks;
+    Groups groups;
+    GradientStage stage;
+    WeightJob weights;
+    bool failed;
+
+    int64_t widest() const {
+        int64_t n = 0;
+        for (int p = 0; p < g->n_last; p++) n = g->last[p].out > n ? g->last[p].out : n;
+        return n;
+    }
+};
+
+// d_hidden of some panels, of the block.
+static void hidden_gradient(const GradientJob &job, Rows d, int64_t row, int64_t rows, int64_t begin, int64_t end,
+                            float *d_hidden) {
+    const LinearGradients &g = *job.g;
+    Finish f{};
+    f.slope_at = {g.sums + row * g.hidden.out, g.hidden.out};
+    const int64_t out = g.last[0].out;
+    multiply({d, rows, out, &job.last[0], out, 0, begin, end, d_hidden, job.hidden_stride, false, true}, f);
+}
+
+static void norm_gradient(const GradientJob &job, int64_t block, Rows d) {
+    const LinearGradients &g = *job.g;
+    const int64_t row = block * job.blocks.rows;
+    float *of_norm = job.of_norm + block * 2 * g.in;
+    normalise_backward({g.input + row * g.in, g.in}, g.moments + 2 * row, g.norm.weight, d,
+                       Rows{g.added, g.in}.from(row), job.blocks.rows_of(block, g.rows), g.in,
+                       g.d_input ? g.d_input + row * g.in : nullptr, of_norm, of_norm + g.in);
+}
+
+// Memory of a task for a block.
+struct BlockRoom {
+    int64_t d_output, d_normalised, d_hidden; // numbers of each
+    float *memory;
+
+    BlockRoom(const GradientJob &job)
+        : d_output(job.blocks.rows * padded(job.widest())), d_normalised(job.blocks.rows * padded(job.g->in)),
+          d_hidden(job.d_hidden ? 0 : job.blocks.rows * job.hidden_stride) {}
+    int64_t size() const { return d_output + d_normalised + d_hidden; }
+};
+
+// Gradients of a block, or of the group's panels of it.
+static void block_gradients(const GradientJob &job, int64_t block, int64_t group, const BlockRoom &room) {
+    const LinearGradients &g = *job.g;
+    const int64_t row = block * job.blocks.rows, rows = job.blocks.rows_of(block, g.rows), in_stride = padded(g.in);
+    const bool has_hidden = g.hidden.out > 0, is_whole = job.stage >= GradientStage::block;
+    const Rows d_output = Rows{g.d_output[0], g.last[0].out}.from(row);
+    float *d_hidden =
+        job.d_hidden ? job.d_hidden + row * job.hidden_stride : room.memory + room.d_output + room.d_normalised;
+    if (job.stage == GradientStage::hidden) {
+        const int64_t end = job.groups.end(group, job.last[0].n_panels());
+        const Rows d = apart(d_output, rows, g.last[0].out, room.memory);
+        return hidden_gradient(job, d, row, rows, group * job.groups.panels, end, d_hidden);
+    }
+    float *to = job.d_normalised  ? job.d_normalised + row * in_stride
+                : g.norm.is_there ? room.memory + room.d_output
+                : g.d_input       ? g.d_input + row * g.in
+                                  : nullptr;
+    const int64_t stride = g.norm.is_there ? in_stride : g.in, panels = (g.in + panel_columns - 1) / panel_columns;
+    const int64_t begin = is_whole ? 0 : group * job.groups.panels,
+                  end = is_whole ? panels : job.groups.end(group, panels);
+    Finish f{};
+    if (!g.norm.is_there) f.residual = Rows{g.added, g.in}.from(row);
+    if (has_hidden) {
+        const Rows d = is_whole ? apart(d_output, rows, g.last[0].out, room.memory) : d_output;
+        for (int64_t k = 0; k < g.hidden.out; k += depth) {
+            const int64_t n = g.hidden.out - k < depth ? g.hidden.out - k : depth;
+            if (is_whole) hidden_gradient(job, d, row, rows, k / panel_columns, (k + depth) / panel_columns, d_hidden);
+            if (job.wants_input)
+                multiply({{d_hidden + k, job.hidden_stride},
+                          rows,
+                          n,
+                          &job.hidden,
+                          g.hidden.out,
+                          k,
+                          begin,
+                          end,
+                          to,
+                          stride,
+                          k > 0,
+                          k + n == g.hidden.out},
+                         f);
+        }
+    } else if (job.wants_input) {
+        for (int p = 0; p < g.n_last; p++) {
+            const int64_t out = g.last[p].out;
+            const Rows d = apart(Rows{g.d_output[p], out}.from(row), rows, out, room.memory);
+            multiply({d, rows, out, &job.last[p], out, 0, begin, end, to, stride, p > 0, p + 1 == g.n_last}, f);
+        }
+    }
+    if (is_whole && g.norm.is_there && job.wants_input) norm_gradient(job, block, {to, stride});
+}
+
+// A slice of blocks, with what they add to the weights' gradients.
+static void slice_gradients(const GradientJob &job, int64_t slice, const BlockRoom &room) {
+    const LinearGradients &g = *job.g;
+    const int64_t begin = slice * job.slice_blocks,
+                  end = begin + job.slice_blocks < job.blocks.count ? begin + job.slice_blocks : job.blocks.count;
+    for (int64_t block = begin; block < end; block++) {
+        if (job.wants_input || g.hidden.out) block_gradients(job, block, 0, room);
+        const int64_t row = block * job.blocks.rows;
+        for (int i = 0; i < job.weights.n; i++) {
+            const WeightPlan &plan = job.weights.plans[i];
+            const WeightProduct &p = *plan.p;
+            Rows d[most_layers];
+            for (int l = 0; l < p.layers; l++)
+                d[l] = p.d[l].data ? p.d[l].from(row)
+                                   : Rows{room.memory + room.d_output + room.d_normalised, job.hidden_stride};
+            const Share share{slice, 0, plan.n_strips, 0, plan.panels};
+            add_rows(plan, share, d, row, job.blocks.rows_of(block, g.rows), block > begin, room.memory + room.size());
+        }
+    }
+}
+
+static void gradient_task(int64_t i, void *context) {
+    GradientJob &job = *(GradientJob *)context;
+    const int64_t block = i / job.groups.count, group = i % job.groups.count;
+    if (job.stage == GradientStage::norm)
+        return norm_gradient(job, block,
+                             {job.d_normalised + block * job.blocks.rows * padded(job.g->in), padded(job.g->in)});
+    BlockRoom room(job);
+    int64_t size = room.size(), of_weights = 0;
+    if (job.stage == GradientStage::slice)
+        for (int p = 0; p < job.weights.n; p++) {
+            const int64_t n = Share{0, 0, job.weights.plans[p].n_strips, 0, 0}.strips_room() + Share::panel_room;
+            of_weights = n > of_weights ? n : of_weights;
+        }
+    room.memory = (float *)thread_scratch((size + of_weights) * int64_t(sizeof(float)));
+    if (!room.memory) __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
+    else if (job.stage == GradientStage::slice) slice_gradients(job, i, room);
+    else block_gradients(job, block, group, room);
+}
+
+static void run_stage(GradientJob &job, GradientStage stage, int64_t panels, const Threads &threads) {
+    job.stage = stage;
+    const bool by_panels = stage == GradientStage::hidden || stage == GradientStage::input;
+    job.groups = by_panels ? Groups{panels, job.blocks.count, threads} : Groups{};
+    const int64_t slices = job.slice_blocks ? (job.blocks.count + job.slice_blocks - 1) / job.slice_blocks : 0;
+    run_tasks(threads, stage == GradientStage::slice ? slices : job.blocks.count * job.groups.count, gradient_task,
+              &job);
+}
+
+static bool input_gradients(GradientJob &job, const Threads &threads) {
+    const LinearGradients &g = *job.g;
+    if (job.blocks.are_many(threads)) {
+        run_stage(job, GradientStage::block, 1, threads);
+        return !job.failed;
+    }
+    if (g.hidden.out) run_stage(job, GradientStage::hidden, job.last[0].n_panels(), threads);
+    if (!job.wants_input || job.failed) return !job.failed;
+    if (g.norm.is_there) {
+        job.d_normalised = (float *)allocate(g.rows * padded(g.in) * int64_t(sizeof(float)));
+        if (!job.d_normalised) return false;
+    }
+    run_stage(job, GradientStage::input, (g.in + panel_columns - 1) / panel_columns, threads);
+    if (g.norm.is_there && !job.failed) run_stage(job, GradientStage::norm, 1, threads);
+    release(job.d_normalised);
+    return !job.failed;
+}
+
+static void add_up(const float *blocks, int64_t count, int64_t stride, int64_t n, float *to) {
+    if (!to) return;
+    for (int64_t i = 0; i < n; i += lanes) {
+        Vec sum = load_some(blocks + i, n - i);
+        for (int64_t b = 1; b < count; b++) sum += load_some(blocks + b * stride + i, n - i);
+        store_some(to + i, sum, n - i);
+    }
+}
+
+// The products that make the wanted gradients of weights. Returns how many.
+static int weight_products(const GradientJob &job, WeightProduct *products) {
+    const LinearGradients &g = *job.g;
+    const bool has_hidden = g.hidden.out > 0;
+    const Rows input{g.input, g.in};
+    const Made made = g.norm.is_there ? Made::by_norm : Made::as_it_is;
+    int n = 0;
+    bool any = false;
+    WeightProduct last{};
+    last.rows = g.rows, last.layers = g.n_last, last.factor = g.factor, last.norm = g.norm, last.moments = g.moments;
+    for (int p = 0; p < g.n_last; p++) {
+        last.d[p] = {g.d_output[p], g.last[p].out}, last.out[p] = g.last[p].out;
+        last.d_weight[p] = g.d_weight[p], last.d_bias[p] = g.d_bias[p];
+        any = any || g.d_weight[p] || g.d_bias[p];
+    }
+    last.x = has_hidden ? Rows{g.sums, g.hidden.out} : input, last.in = has_hidden ? g.hidden.out : g.in;
+    last.made = has_hidden ? Made::by_gelu : made;
+    if (any) products[n++] = last;
+    if (has_hidden && (g.d_hidden_weight || g.d_hidden_bias)) {
+        WeightProduct hidden{};
+        hidden.rows = g.rows, hidden.layers = 1, hidden.factor = 1, hidden.norm = g.norm, hidden.moments = g.moments;
+        hidden.d[0] = {job.d_hidden, job.hidden_stride}, hidden.out[0] = g.hidden.out;
+        hidden.d_weight[0] = g.d_hidden_weight, hidden.d_bias[0] = g.d_hidden_bias;
+        hidden.x = input, hidden.in = g.in, hidden.made = made;
+        products[n++] = hidden;
+    }
+    return n;
+}
+
+static bool linear_gradients(const LinearGradients &g, const Threads &threads) {
+    GradientJob job{};
+    job.g = &g, job.blocks = {g.rows, g.in};
+    const bool has_hidden = g.hidden.out > 0;
+    job.wants_input = g.d_input || (g.norm.is_there && (g.d_norm_weight || g.d_norm_bias));
+    job.hidden_stride = has_hidden ? padded(g.hidden.out) : 0;
+    int64_t weights = 0;
+    for (int p = 0; p < g.n_last; p++) weights += g.last[p].out * (has_hidden ? g.hidden.out : g.in);
+    weights += g.hidden.out * g.in;
+    const bool by_slices = weights <= small_weights && job.blocks.count >= 4 * least_blocks_of_slice;
+    const bool needs_blocks = job.wants_input || (has_hidden && (g.d_hidden_weight || g.d_hidden_bias));
+    bool done = true;
+    float *packed = nullptr;
+    if (needs_blocks) {
+        Packing packings[1 + most_layers];
+        int n = 0;
+        for (int p = 0; p < g.n_last; p++)
+            packings[n++] = {&g.last[p], has_hidden ? g.hidden.out : g.in, true, g.factor, nullptr};
+        if (has_hidden && job.wants_input) packings[n++] = {&g.hidden, g.in, true, 1, nullptr};
+        packed = pack_all(packings, n, threads);
+        done = packed != nullptr;
+        for (int i = 0; i < n && done; i++)
+            (i < g.n_last ? job.last[i] : job.hidden) = {packings[i].n_outputs(), packings[i].panels, nullptr, nullptr};
+        if (has_hidden && !by_slices) {
+            job.d_hidden = (float *)allocate(g.rows * job.hidden_stride * int64_t(sizeof(float)));
+            done = done && job.d_hidden;
+        }
+        if (g.norm.is_there) {
+            job.of_norm = (float *)allocate(job.blocks.count * 2 * g.in * int64_t(sizeof(float)));
+            done = done && job.of_norm;
+        }
+    }
+    WeightProduct products[most_products]{};
+    const int n = weight_products(job, products);
+    if (done && needs_blocks && by_slices) {
+        const int64_t slices = job.blocks.count / least_blocks_of_slice < most_slices
+                                   ? job.blocks.count / least_blocks_of_slice
+                                   : most_slices;
+        job.slice_blocks = (job.blocks.count + slices - 1) / slices;
+        done = !n || prepare(job.weights, products, n, job.slice_blocks * job.blocks.rows, threads);
+        if (done) run_stage(job, GradientStage::slice, 1, threads);
+        done = done && !job.failed;
+        if (n) finish(job.weights, done, threads);
+    } else if (done) {
+        done = (!needs_blocks || input_gradients(job, threads)) && (!n || weight_gradients(products, n, threads));
+    }
+    if (done && g.norm.is_there && job.wants_input) {
+        add_up(job.of_norm, job.blocks.count, 2 * g.in, g.in, g.d_norm_weight);
+        add_up(job.of_norm + g.in, job.blocks.count, 2 * g.in, g.in, g.d_norm_bias);
+    }
+    release(job.of_norm), release(job.d_hidden), release(packed);
+    return done;
+}
+
+} // namespace nbhd::NBHD_ISA

@@ -1,0 +1,308 @@
+// Rows times a weight, with what becomes of the sums while they are at hand: a bias, GELU, a factor, a residual.
+//
+//      rows of a block  x  panel of the weight  ->  tile of sums in registers: 14 rows by two vectors (6 with 16 registers)
+//
+// A panel is the weights of 32 outputs, input by input, so that a vector of them is one load, which every row of the tile
+// multiplies by its own input. Sums are made over `depth` inputs in registers and added up in memory: no result depends on
+// how rows and panels are shared among tasks.
+#pragma once
+#include "gelu.h"
+#include "rows.h"
+
+namespace nbhd::NBHD_ISA {
+
+constexpr int tile_vectors = 2, tile_columns = tile_vectors * lanes;
+constexpr int most_tile_rows = registers == 32 ? 14 : 6;
+static_assert(panel_columns % tile_columns == 0);
+constexpr int64_t depth = 256;    // 32 KB of a panel, about a first-level cache
+constexpr int64_t most_rows = 98; // of a block: its inputs take a part of a second-level cache
+
+NBHD_INLINE int64_t tiles(int64_t rows) { return (rows + most_tile_rows - 1) / most_tile_rows; }
+
+// What becomes of sums.
+struct Finish {
+    const float *bias, *scale; // or null
+    Rows residual;             // from the first row of the block; or without data
+    bool gelu;
+    Output before_gelu; // from the first row of the block: where to keep what GELU is taken of; or without data
+    Rows slope_at;      // from the first row of the block: times the slope of GELU there; or without data
+
+    // A tile has no registers left for more than the first three.
+    bool is_simple() const { return !gelu && !slope_at.data; }
+};
+
+// Part of the panel that comes next, asked for while a tile is computed: a weight is read once by a task, often from memory, and what
+// the processor fetches by itself ends with each page.
+struct Ahead {
+    const char *from;
+    int64_t step; // bytes for each input
+};
+
+// c[rows][tile_columns] = or += a[rows][n] b[n][panel_columns], of b the first tile_columns; then what `f` says, which begins with
+// the tile's first row and column.
+template <int rows>
+static void tile(const float *a, int64_t a_stride, const float *b, int64_t n, float *c, int64_t c_stride, bool adds,
+                 const Finish &f, Ahead ahead) {
+    Vec sum[rows][tile_vectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) sum[r][v] = Vec{};
+    // three rows to a pointer: it, and one and two strides further, are addresses of one instruction
+    const float *three[(rows + 2) / 3];
+#pragma GCC unroll 16
+    for (int i = 0; i < (rows + 2) / 3; i++) three[i] = a + 3 * i * a_stride;
+    for (int64_t k = 0; k < n; k++) {
+        Vec w[tile_vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) w[v] = load(b + v * lanes);
+        b += panel_columns;
+        __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            const Vec x = broadcast(three[r / 3] + r % 3 * a_stride + k);
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) sum[r][v] = fma(x, w[v], sum[r][v]);
+        }
+    }
+    if (adds) { // not what sums begin with: short chains of sums are more exact
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) sum[r][v] += load(c + r * c_stride + v * lanes);
+    }
+    if (f.bias) {
+        Vec bias[tile_vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) bias[v] = load(f.bias + v * lanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) sum[r][v] += bias[v];
+    }
+    if (f.residual.data) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) {
+                const Vec residual = load(f.residual.data + r * f.residual.stride + v * lanes);
+                sum[r][v] = f.scale ? fma(sum[r][v], load(f.scale + v * lanes), residual) : sum[r][v] + residual;
+            }
+    } else if (f.scale) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) sum[r][v] *= load(f.scale + v * lanes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) store(c + r * c_stride + v * lanes, sum[r][v]);
+}
+
+using TileKernel = void (*)(const float *, int64_t, const float *, int64_t, float *, int64_t, bool, const Finish &,
+                            Ahead);
+template <int... i>
+static TileKernel tile_of(int64_t rows, Sequence<i...>) {
+    static constexpr TileKernel kernels[] = {tile<i + 1>...};
+    return kernels[rows - 1];
+}
+static TileKernel tile_of(int64_t rows) { return tile_of(rows, Count<most_tile_rows>::type{}); }
+
+// Rows of the next tile, of those that are left: no tile of so few that its sums wait for each other, if it can be helped.
+NBHD_INLINE int64_t next_tile(int64_t left) {
+    if (left <= most_tile_rows) return left;
+    return left < most_tile_rows + 4 ? (left + 1) / 2 : most_tile_rows;
+}
+
+// The rest of it where a tile goes beyond the last output, or GELU is wanted: too much for the registers that hold the sums.
+static void finish(const Finish &f, const float *sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t column,
+                   int64_t columns, float *c, int64_t c_stride) {
+    for (int64_t r = 0; r < rows; r++, sums += sums_stride, c += c_stride) {
+        const float *residual = f.residual.from(row + r).data;
+        Vec x[tile_vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) {
+            x[v] = load(sums + v * lanes);
+            if (f.bias) x[v] += load_some(f.bias + column + v * lanes, columns - v * lanes);
+        }
+        if (f.before_gelu.data)
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++)
+                store_some(f.before_gelu.data + (row + r) * f.before_gelu.stride + column + v * lanes, x[v],
+                           columns - v * lanes);
+        if (f.gelu) gelu(x);
+        if (f.slope_at.data) {
+            const float *at = f.slope_at.data + (row + r) * f.slope_at.stride + column;
+            Vec slope[tile_vectors];
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) slope[v] = load_some(at + v * lanes, columns - v * lanes);
+            gelu_slope(slope);
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) x[v] *= slope[v];
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) {
+            const int64_t left = columns - v * lanes;
+            if (f.scale) x[v] *= load_some(f.scale + column + v * lanes, left);
+            if (residual) x[v] += load_some(residual + column + v * lanes, left);
+            store_some(c + v * lanes, x[v], left);
+        }
+    }
+}
+
+// A block of rows times a part of a weight.
+struct Product {
+    Rows a; // from the first row and the first of the `n` inputs
+    int64_t rows, n;
+    const Weight *weight;
+    int64_t in, first; // inputs of the weight, and the one that `a` begins with
+    int64_t panel_begin, panel_end;
+    float *c; // from the first row and the first panel of the weight
+    int64_t c_stride;
+    bool adds, ends; // there are sums in c already; these are the last
+};
+
+// Asks for a tile's columns of rows that were not looked at for long.
+NBHD_INLINE void ask_for(Rows a, int64_t column, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) __builtin_prefetch(a.data + r * a.stride + column + v * lanes, 0, 3);
+}
+
+static void multiply(const Product &p, const Finish &f) {
+    alignas(64) float edge[most_tile_rows * tile_columns]; // a tile that goes beyond the last output
+    // a panel's share of each input and each tile; those of several tiles' width lie in the same lines
+    const int64_t ahead_step = panel_columns * int64_t(sizeof(float)) / tiles(p.rows) + 1;
+    for (int64_t k = 0; k < p.n; k += depth) {
+        const int64_t n = p.n - k < depth ? p.n - k : depth;
+        const bool adds = p.adds || k, ends = p.ends && k + n == p.n;
+        for (int64_t column = p.panel_begin * panel_columns;
+             column < p.panel_end * panel_columns && column < p.weight->out; column += tile_columns) {
+            const int64_t left = p.weight->out - column, columns = left < tile_columns ? left : tile_columns;
+            const float *b = p.weight->panels + (column / panel_columns * p.in + p.first + k) * panel_columns +
+                             column % panel_columns;
+            Ahead ahead{(const char *)(b + p.in * panel_columns - column % panel_columns), ahead_step};
+            const bool is_whole = columns == tile_columns, by_tile = is_whole && f.is_simple();
+            for (int64_t row = 0, rows; row < p.rows; row += rows) {
+                rows = next_tile(p.rows - row);
+                const float *a = p.a.data + row * p.a.stride + k;
+                float *c = p.c + row * p.c_stride + column, *sums = is_whole ? c : edge;
+                const int64_t stride = is_whole ? p.c_stride : tile_columns;
+                if (!is_whole && adds) copy(c, p.c_stride, edge, stride, rows, columns);
+                Finish now{};
+                if (ends && by_tile) {
+                    now.bias = f.bias ? f.bias + column : nullptr, now.scale = f.scale ? f.scale + column : nullptr;
+                    if (f.residual.data)
+                        now.residual = {f.residual.data + row * f.residual.stride + column, f.residual.stride};
+                }
+                if (ends) {
+                    if (f.residual.data) ask_for(f.residual.from(row), column, rows);
+                    if (f.slope_at.data) ask_for(f.slope_at.from(row), column, rows);
+                }
+                tile_of(rows)(a, p.a.stride, b, n, sums, stride, adds, now, ahead), ahead.from += n * ahead.step;
+                if (ends && !by_tile) finish(f, sums, stride, row, rows, column, columns, c, p.c_stride);
+                else if (!is_whole) copy(edge, stride, c, p.c_stride, rows, columns);
+            }
+        }
+    }
+}
+
+// Panels of a weight, [out][in]: as they are multiplied by inputs; or, for gradients of inputs, by those of outputs, times `factor`.
+struct Packing {
+    const Weight *weight;
+    int64_t in;
+    bool transposed;
+    float factor;
+    float *panels;
+
+    int64_t n_outputs() const { return transposed ? in : weight->out; }
+    int64_t n_inputs() const { return transposed ? weight->out : in; }
+    int64_t n_panels() const { return (n_outputs() + panel_columns - 1) / panel_columns; }
+    int64_t size() const { return n_panels() * panel_columns * n_inputs(); }
+};
+
+static void pack_panel(const Packing &p, int64_t panel) {
+    const int64_t first = panel * panel_columns, in = p.in, n = p.n_inputs();
+    const int64_t left = p.n_outputs() - first, columns = left < panel_columns ? left : panel_columns;
+    float *to = p.panels + panel * n * panel_columns;
+    if (p.transposed) {
+        const Vec factor = splat(p.factor);
+        const float *from = p.weight->source + first;
+        for (int64_t k = 0; k < n; k++, from += in, to += panel_columns)
+            for (int64_t c = 0; c < panel_columns; c += lanes)
+                store(to + c, c < columns ? load_some(from + c, columns - c) * factor : Vec{});
+        return;
+    }
+    for (int64_t c = 0; c < panel_columns; c += lanes) {
+        const float *from = p.weight->source + (first + c) * in;
+        for (int64_t k = 0; k < n; k += lanes) {
+            const int64_t some = n - k < lanes ? n - k : lanes;
+            Vec r[lanes];
+#pragma GCC unroll 16
+            for (int l = 0; l < lanes; l++) r[l] = c + l < columns ? load_some(from + l * in + k, some) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < some; i++) store(to + (k + i) * panel_columns + c, r[i]);
+        }
+    }
+}
+
+struct PackingJob {
+    const Packing *packings;
+    int n;
+};
+static void packing_task(int64_t i, void *context) {
+    const PackingJob &job = *(const PackingJob *)context;
+    const Packing *p = job.packings;
+    for (; i >= p->n_panels(); p++) i -= p->n_panels();
+    pack_panel(*p, i);
+}
+
+// Packs them all into memory that the caller releases; null when there is none.
+static float *pack_all(Packing *packings, int n, const Threads &threads) {
+    int64_t size = 0, panels = 0;
+    for (int i = 0; i < n; i++) size += packings[i].size(), panels += packings[i].n_panels();
+    float *const memory = (float *)allocate(size * int64_t(sizeof(float)));
+    if (!memory) return nullptr;
+    float *next = memory;
+    for (int i = 0; i < n; i++) packings[i].panels = next, next += packings[i].size();
+    PackingJob job{packings, n};
+    run_tasks(threads, panels, packing_task, &job);
+    return memory;
+}
+
+// Blocks of whole tiles, all about as large: of `columns` a megabyte at most, and no fewer rows than a tile has.
+struct Blocks {
+    int64_t rows, count;
+
+    Blocks() : rows(0), count(0) {}
+    Blocks(int64_t all, int64_t columns) {
+        const int64_t fit = (int64_t(1) << 18) / (columns + padding) / most_tile_rows * most_tile_rows,
+                      most = fit < most_tile_rows ? most_tile_rows
+                             : fit < most_rows    ? fit
+                                                  : most_rows;
+        const int64_t blocks = (all + most - 1) / most, even = (all + blocks - 1) / blocks;
+        rows = (even + most_tile_rows - 1) / most_tile_rows * most_tile_rows;
+        count = (all + rows - 1) / rows;
+    }
+    int64_t rows_of(int64_t block, int64_t all) const { return all - block * rows < rows ? all - block * rows : rows; }
+    // Whether they are enough to keep all threads busy, each with whole blocks.
+    bool are_many(const Threads &threads) const { return threads.count == 1 || count >= 2 * threads.count; }
+};
+
+// Where blocks are few, several tasks share the panels of each.
+struct Groups {
+    int64_t panels, count;
+
+    Groups() : panels(1), count(1) {}
+    Groups(int64_t all, int64_t blocks, const Threads &threads) {
+        const int64_t tasks = 3 * threads.count;
+        count = threads.count == 1 || blocks >= tasks ? 1 : (tasks + blocks - 1) / blocks;
+        if (count > all) count = all;
+        panels = (all + count - 1) / count;
+        count = (all + panels - 1) / panels;
+    }
+    int64_t end(int64_t group, int64_t all) const { return (group + 1) * panels < all ? (group + 1) * panels : all; }
+};
+
+} // namespace nbhd::NBHD_ISA

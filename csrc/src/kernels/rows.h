@@ -1,0 +1,37 @@
+// Rows of floats whose number of columns is no multiple of a vector.
+#pragma once
+#include "../linear.h"
+#include "vec.h"
+
+namespace nbhd::NBHD_ISA {
+
+constexpr int64_t padding = 16;     // floats after a row of our own: powers of two would share a few lines of the cache
+constexpr int64_t alias = 4096 / 4; // floats: at multiples of it rows lie in the same lines of a first-level cache
+
+// From one row of our own to the next.
+NBHD_INLINE constexpr int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + padding; }
+
+NBHD_INLINE Vec load_some(const float *p, int64_t n) {
+    if (n >= lanes) return load(p);
+    Vec v{};
+    for (int64_t i = 0; i < n; i++) ((float *)&v)[i] = p[i];
+    return v;
+}
+NBHD_INLINE void store_some(float *p, Vec v, int64_t n) {
+    if (n >= lanes) return store(p, v);
+    for (int64_t i = 0; i < n; i++) p[i] = ((float *)&v)[i];
+}
+
+static void copy(const float *from, int64_t from_stride, float *to, int64_t to_stride, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; r++)
+        __builtin_memcpy(to + r * to_stride, from + r * from_stride, size_t(columns) * sizeof(float));
+}
+
+// The rows as tiles want them: as they lie, or in `room` where they would be in each other's way.
+static Rows apart(Rows a, int64_t rows, int64_t columns, float *room) {
+    if (a.stride % alias) return a;
+    copy(a.data, a.stride, room, padded(columns), rows, columns);
+    return {room, padded(columns)};
+}
+
+} // namespace nbhd::NBHD_ISA

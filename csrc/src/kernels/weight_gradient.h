@@ -1,0 +1,344 @@
+// Gradients of linear layers' weights and biases: d_weight[m][n] = sum over rows of d[row][m] x[row][n], d_bias[m] that of d[row][m].
+//
+//      strip of d: [row][14 columns]  x  panel of x: [row][32]  ->  tile of d_weight in registers: 14 by two vectors
+//
+// Both are copied in that order, some rows at a time. What x is made of (layer norm, GELU) is computed while it is copied: it was
+// not kept. Long columns are cut into slices that are added up at the end, into as many whatever the number of threads: no result
+// depends on it.
+#pragma once
+#include "layer_norm.h"
+#include "product.h"
+#include <initializer_list>
+
+namespace nbhd::NBHD_ISA {
+
+constexpr int64_t gradient_depth = 256; // rows that are copied at a time
+constexpr int64_t chunk_columns = 512;  // of strips that lie side by side: with that many rows half a megabyte
+constexpr int64_t slice_rows = 768;     // at least, of a slice
+constexpr int64_t most_slices = 16;     // of a product
+constexpr int64_t most_partial = int64_t(1) << 21; // numbers of all slices of a weight
+
+// Columns of d, and whose.
+struct Strip {
+    int layer;
+    int64_t first, columns;
+};
+
+// What the weights of layers of the same input are multiplied by: the input as it is, its layer norm, or its GELU.
+enum class Made { as_it_is, by_norm, by_gelu };
+
+struct WeightProduct {
+    int64_t rows;
+    int layers;
+    Rows d[most_layers];
+    int64_t out[most_layers];
+    float *d_weight[most_layers], *d_bias[most_layers]; // or null
+    float factor;                                       // of d
+    Rows x;
+    int64_t in;
+    Made made;
+    Norm norm;
+    const float *moments;
+};
+
+template <int rows>
+static void gradient_tile(const float *a, const float *b, int64_t n, float *c, int64_t c_stride, bool adds) {
+    Vec sum[rows][tile_vectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) sum[r][v] = Vec{};
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) __builtin_prefetch(c + r * c_stride + v * lanes, 1, 2);
+    for (int64_t k = 0; k < n; k++, a += rows, b += panel_columns) {
+        Vec x[tile_vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) x[v] = load(b + v * lanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            const Vec d = broadcast(a + r);
+#pragma GCC unroll 2
+            for (int v = 0; v < tile_vectors; v++) sum[r][v] = fma(d, x[v], sum[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; v++) {
+            float *to = c + r * c_stride + v * lanes;
+            store(to, adds ? load(to) + sum[r][v] : sum[r][v]);
+        }
+}
+
+using GradientTile = void (*)(const float *, const float *, int64_t, float *, int64_t, bool);
+template <int... i>
+static GradientTile gradient_tile_of(int64_t rows, Sequence<i...>) {
+    static constexpr GradientTile tiles[] = {gradient_tile<i + 1>...};
+    return tiles[rows - 1];
+}
+
+// d[rows][columns] times `factor`, to [row][columns] without gaps. `to` has room for a vector more. Unless `sums` is null, the sums of
+// the columns are stored there, or added.
+static void pack_strip(Rows d, int64_t rows, int64_t columns, float factor, float *to, float *sums, bool adds) {
+    constexpr int chains = 4; // of sums: short ones are more exact, and do not wait for each other
+    const Vec f = splat(factor);
+    for (int64_t i = 0; i < columns; i += lanes) {
+        const int64_t left = columns - i;
+        const float *from = d.data + i;
+        Vec sum[chains] = {};
+        for (int64_t r = 0; r < rows; r += chains)
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < chains; v++) {
+                const int64_t row = r + v, rest = rows - 1 - row;
+                if (rest < 0) continue;
+                // what lies beyond the strip is of the rows after it, whose turn comes later
+                const Vec x = (rest * d.stride + left >= lanes ? load(from + row * d.stride)
+                                                               : load_some(from + row * d.stride, left)) *
+                              f;
+                if (columns <= lanes) store(to + row * columns, x);
+                else store_some(to + row * columns + i, x, left);
+                sum[v] += x;
+            }
+        if (!sums) continue;
+        const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        store_some(sums + i, adds ? load_some(sums + i, left) + all : all, left);
+    }
+}
+
+// Columns [first, first + panel_columns) of what x is made into; zeros past the last.
+static void pack_inputs(const WeightProduct &p, int64_t row, int64_t rows, int64_t first, float *to) {
+    const int64_t left = p.in - first, columns = left < panel_columns ? left : panel_columns;
+    const float *from = p.x.data + row * p.x.stride + first;
+    for (int64_t r = 0; r < rows; r++, from += p.x.stride, to += panel_columns) {
+        if (columns < panel_columns) __builtin_memset(to, 0, panel_columns * sizeof(float));
+        if (p.made == Made::by_norm) {
+            const float *m = p.moments + 2 * (row + r);
+            normalise_row(from - first, {m[0], m[1]}, p.norm, first, columns, to);
+            continue;
+        }
+        for (int64_t c = 0; c < columns; c += 2 * lanes) {
+            Vec x[2];
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; v++) x[v] = load_some(from + c + v * lanes, columns - c - v * lanes);
+            if (p.made == Made::by_gelu) gelu(x);
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; v++) store_some(to + c + v * lanes, x[v], columns - c - v * lanes);
+        }
+    }
+}
+
+// A product's share of the tasks: slices of rows, times chunks of strips, times groups of panels.
+struct WeightPlan {
+    const WeightProduct *p;
+    Strip *strips;
+    int64_t n_strips, chunks, slices, rows_of_slice, panels, group_panels, groups;
+    float *partial; // of all slices but the first: the weights that are wanted, one after another, then the biases
+    int64_t partial_size;
+
+    int64_t tasks() const { return slices * chunks * groups; }
+    // Where a slice has its sums of a layer.
+    float *weight_of(int64_t slice, int layer) const {
+        if (!slice) return p->d_weight[layer];
+        float *at = partial + (slice - 1) * partial_size;
+        for (int i = 0; i < layer; i++) at += p->d_weight[i] ? p->out[i] * p->in : 0;
+        return at;
+    }
+    float *bias_of(int64_t slice, int layer) const {
+        if (!slice) return p->d_bias[layer];
+        float *at = weight_of(slice, most_layers);
+        for (int i = 0; i < layer; i++) at += p->d_bias[i] ? p->out[i] : 0;
+        return at;
+    }
+};
+
+// What a task adds to: a slice's sums of some strips, by some panels.
+struct Share {
+    int64_t slice, first_strip, last_strip, first_panel, last_panel;
+
+    int64_t strips_room() const { return (last_strip - first_strip) * most_tile_rows * gradient_depth + lanes; }
+    static constexpr int64_t panel_room = gradient_depth * panel_columns;
+};
+
+// Adds the products of at most gradient_depth rows, of which `d` has the layers' gradients and `row` is the first, or begins the sums
+// with them. `room` is for the strips and a panel.
+static void add_rows(const WeightPlan &plan, const Share &share, const Rows *d, int64_t row, int64_t rows, bool adds,
+                     float *room) {
+    const WeightProduct &p = *plan.p;
+    alignas(64) float edge[most_tile_rows * tile_columns];
+    float *panel = room + share.strips_room(), *to = room;
+    for (int64_t s = share.first_strip; s < share.last_strip; s++) {
+        const Strip &strip = plan.strips[s];
+        const Rows of_layer = d[strip.layer];
+        float *sums = share.first_panel || !p.d_bias[strip.layer]
+                          ? nullptr
+                          : plan.bias_of(share.slice, strip.layer) + strip.first;
+        pack_strip({of_layer.data + strip.first, of_layer.stride}, rows, strip.columns, p.factor, to, sums, adds);
+        to += rows * strip.columns;
+    }
+    for (int64_t n = share.first_panel; n < share.last_panel; n++) {
+        pack_inputs(p, row, rows, n * panel_columns, panel);
+        for (int64_t column = n * panel_columns; column < (n + 1) * panel_columns && column < p.in;
+             column += tile_columns) {
+            const int64_t left = p.in - column;
+            const float *a = room, *b = panel + column % panel_columns;
+            for (int64_t s = share.first_strip; s < share.last_strip; a += rows * plan.strips[s++].columns) {
+                const Strip &strip = plan.strips[s];
+                if (!p.d_weight[strip.layer]) continue; // its bias alone
+                float *c = plan.weight_of(share.slice, strip.layer) + strip.first * p.in + column;
+                const GradientTile tile = gradient_tile_of(strip.columns, Count<most_tile_rows>::type{});
+                if (left >= tile_columns) {
+                    tile(a, b, rows, c, p.in, adds);
+                } else {
+                    if (adds) copy(c, p.in, edge, tile_columns, strip.columns, left);
+                    tile(a, b, rows, edge, tile_columns, adds);
+                    copy(edge, tile_columns, c, p.in, strip.columns, left);
+                }
+            }
+        }
+    }
+}
+
+constexpr int most_products = 2;
+struct WeightJob {
+    WeightPlan plans[most_products];
+    int n;
+    Strip *strips;
+    float *partial;
+    bool failed;
+};
+
+static void weight_task(int64_t i, void *context) {
+    WeightJob &job = *(WeightJob *)context;
+    const WeightPlan *plan = job.plans;
+    for (; i >= plan->tasks(); plan++) i -= plan->tasks();
+    const WeightProduct &p = *plan->p;
+    const int64_t group = i % plan->groups, chunk = i / plan->groups % plan->chunks,
+                  slice = i / plan->groups / plan->chunks, first_panel = group * plan->group_panels,
+                  next_panel = first_panel + plan->group_panels;
+    const Share share{slice, chunk * plan->n_strips / plan->chunks, (chunk + 1) * plan->n_strips / plan->chunks,
+                      first_panel, next_panel < plan->panels ? next_panel : plan->panels};
+    float *room = (float *)thread_scratch((share.strips_room() + Share::panel_room) * int64_t(sizeof(float)));
+    if (!room) {
+        __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
+        return;
+    }
+    const int64_t begin = slice * plan->rows_of_slice,
+                  end = slice + 1 < plan->slices ? begin + plan->rows_of_slice : p.rows,
+                  cuts = (end - begin + gradient_depth - 1) / gradient_depth;
+    for (int64_t cut = 0; cut < cuts; cut++) {
+        const int64_t row = begin + (end - begin) * cut / cuts, rows = begin + (end - begin) * (cut + 1) / cuts - row;
+        Rows d[most_layers];
+        for (int l = 0; l < p.layers; l++) d[l] = p.d[l].from(row);
+        add_rows(*plan, share, d, row, rows, cut > 0, room);
+    }
+}
+
+// The slices' sums, added to the first one's.
+struct Gather {
+    const WeightPlan *plan;
+    int64_t numbers; // of a task
+};
+static void gather(const WeightPlan &plan, float *to, int64_t at, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += lanes) {
+        Vec sum = load_some(to + i, end - i);
+        for (int64_t s = 1; s < plan.slices; s++)
+            sum += load_some(plan.partial + (s - 1) * plan.partial_size + at + i, end - i);
+        store_some(to + i, sum, end - i);
+    }
+}
+static void gather_task(int64_t i, void *context) {
+    const Gather &job = *(const Gather *)context;
+    const WeightPlan &plan = *job.plan;
+    const int64_t begin = i * job.numbers, end = begin + job.numbers;
+    int64_t at = 0;
+    const auto take = [&](float *to, int64_t size) {
+        if (!to) return;
+        const int64_t from = begin - at > 0 ? begin - at : 0, until = end - at < size ? end - at : size;
+        if (from < until) gather(plan, to, at, from, until);
+        at += size;
+    };
+    for (int l = 0; l < plan.p->layers; l++) take(plan.p->d_weight[l], plan.p->out[l] * plan.p->in);
+    for (int l = 0; l < plan.p->layers; l++) take(plan.p->d_bias[l], plan.p->out[l]);
+}
+
+// How a product is cut, into at least so many tasks if it can be; or into slices of so many rows, each of them one task. `strips` has
+// room for those of its layers.
+static WeightPlan plan_of(const WeightProduct &p, Strip *strips, int64_t tasks, int64_t rows_of_slice) {
+    WeightPlan plan{};
+    plan.p = &p, plan.strips = strips;
+    int64_t columns = 0;
+    for (int l = 0; l < p.layers; l++) {
+        if (p.d_bias[l]) plan.partial_size += p.out[l];
+        if (p.d_weight[l]) plan.partial_size += p.out[l] * p.in;
+        if (!p.d_bias[l] && !p.d_weight[l]) continue;
+        for (int64_t m = 0, some; m < p.out[l]; m += some)
+            some = next_tile(p.out[l] - m), strips[plan.n_strips++] = {l, m, some};
+        columns += p.out[l];
+    }
+    const auto cut = [](int64_t n, int64_t pieces) { return (n + pieces - 1) / pieces; };
+    plan.chunks = plan.groups = 1, plan.panels = plan.group_panels = cut(p.in, panel_columns);
+    if (rows_of_slice) {
+        plan.rows_of_slice = rows_of_slice, plan.slices = cut(p.rows, rows_of_slice);
+        return plan;
+    }
+    plan.slices = p.rows / slice_rows;
+    for (const int64_t limit : {most_slices, most_partial / plan.partial_size})
+        if (plan.slices > limit) plan.slices = limit;
+    if (plan.slices < 1) plan.slices = 1;
+    plan.rows_of_slice = cut(cut(p.rows, gradient_depth), plan.slices) * gradient_depth;
+    plan.slices = cut(p.rows, plan.rows_of_slice);
+    // more tasks by what has to be read again for it: x for each chunk, d for each group
+    plan.chunks = cut(columns, chunk_columns);
+    const int64_t have = plan.slices * plan.chunks, times = have < tasks ? cut(tasks, have) : 1;
+    if (columns >= p.in) plan.chunks = plan.chunks * times < plan.n_strips ? plan.chunks * times : plan.n_strips;
+    else plan.groups = times < plan.panels ? times : plan.panels;
+    plan.group_panels = cut(plan.panels, plan.groups), plan.groups = cut(plan.panels, plan.group_panels);
+    return plan;
+}
+
+// Memory for the gradients of products; `finish` gives it back.
+static bool prepare(WeightJob &job, const WeightProduct *products, int n, int64_t rows_of_slice,
+                    const Threads &threads) {
+    int64_t n_strips = 0, partial = 0;
+    for (int i = 0; i < n; i++)
+        for (int l = 0; l < products[i].layers; l++) n_strips += products[i].out[l] / (most_tile_rows / 2) + 2;
+    job.n = n, job.strips = (Strip *)allocate(n_strips * int64_t(sizeof(Strip)));
+    if (!job.strips) return false;
+    Strip *next_strips = job.strips;
+    for (int i = 0; i < n; i++) {
+        WeightPlan &plan = job.plans[i];
+        plan = plan_of(products[i], next_strips, threads.count == 1 ? 1 : 4 * threads.count / n, rows_of_slice);
+        next_strips += plan.n_strips, partial += (plan.slices - 1) * plan.partial_size;
+    }
+    float *next = job.partial = (float *)allocate(partial * int64_t(sizeof(float)));
+    for (int i = 0; i < n && next; i++)
+        job.plans[i].partial = next, next += (job.plans[i].slices - 1) * job.plans[i].partial_size;
+    return job.partial != nullptr;
+}
+
+static void finish(WeightJob &job, bool gathers, const Threads &threads) {
+    for (int i = 0; i < job.n && gathers; i++) {
+        Gather gather{&job.plans[i], 1 << 15};
+        if (job.plans[i].slices > 1)
+            run_tasks(threads, (job.plans[i].partial_size + gather.numbers - 1) / gather.numbers, gather_task, &gather);
+    }
+    release(job.partial), release(job.strips);
+}
+
+// Those gradients of the products that are wanted.
+static bool weight_gradients(const WeightProduct *products, int n, const Threads &threads) {
+    WeightJob job{};
+    bool done = prepare(job, products, n, 0, threads);
+    if (done) {
+        int64_t tasks = 0;
+        for (int i = 0; i < n; i++) tasks += job.plans[i].tasks();
+        run_tasks(threads, tasks, weight_task, &job);
+        done = !job.failed;
+    }
+    finish(job, done, threads);
+    return done;
+}
+
+} // namespace nbhd::NBHD_ISA
