@@ -426,9 +426,9 @@ def test_linear_layers(threads: int) -> None:
     assert len(rows) == 12 and all(re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\) +\d+\.\d\d \(", row) for row in rows)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_layers_in_one_call(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = run(packed.app, "--batch", 1, "--rounds", 3, "--threads", threads)
+@pytest.mark.parametrize(("how", "threads"), [("packed", 1), ("packed", 2), ("joined", 2), ("gradients", 2)])
+def test_layers_in_one_call(how: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(packed.app, "--how", how, "--batch", 1, "--rounds", 3, "--threads", threads)
     assert done.exit_code == 0, done.output
     rows = [line for line in done.output.splitlines() if re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\)$", line)]
     assert len(rows) == 12 and "all of the network's" in done.output
@@ -437,9 +437,19 @@ def test_layers_in_one_call(threads: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert done.exit_code == 2 and "nbhd: there is nothing to time: no library today." in done.output
 
 
-def test_both_ways_around_an_attention_compute_the_same() -> None:
-    for _, _, plain, whole in packed.ways(98, 64):
-        torch.testing.assert_close(whole(), plain(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("how", [packed.How.PACKED, packed.How.JOINED])
+def test_both_ways_around_an_attention_compute_the_same(how: packed.How) -> None:
+    for _, _, plain, whole in packed.ways(98, 64, how):
+        outputs = [x if isinstance(x, torch.Tensor) else torch.cat(list(x), -1) for x in (plain(), whole())]  # type: ignore[call-overload]
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_what_is_timed() -> None:
+    leaf = torch.randn(5, 3, requires_grad=True)
+    seen = []
+    leaf.register_hook(seen.append)
+    packed.with_gradients(lambda: [leaf * 2, leaf * 3], [leaf])()
+    assert leaf.grad is None and len(seen) == 1 and seen[0].unique().numel() == seen[0].numel()
 
 
 def test_the_timing_of_the_cores_kernels_compiles() -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from nbhd import _processor, linear
+from nbhd import _processor, joined, linear
 from nbhd.linear import Linear
 from nbhd.models import NatConfig, NatForImageClassification
 
@@ -21,6 +21,7 @@ from nbhd.models import NatConfig, NatForImageClassification
 def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
 
 
@@ -274,6 +275,7 @@ def test_nat_gives_the_same(monkeypatch: pytest.MonkeyPatch, threads: int) -> No
     config = NatConfig.from_variant("nat_mini", num_labels=5, depths=[1, 1, 1, 1])
     model = NatForImageClassification(config).eval()
     pixels = torch.randn(2, 3, 224, 224)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
     found = []
     for slow in (False, True):
@@ -355,6 +357,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], str]]
 
     monkeypatch.setattr(linear, "in_one_piece", spy)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: True)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
     return seen

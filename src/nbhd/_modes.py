@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._device import DeviceContext
 
 
 def makes_a_graph() -> bool:
@@ -14,3 +15,9 @@ def is_transformed() -> bool:
     """Whether ``torch.func`` or dual numbers are at work, which ask for rules that some operators do not have."""
     in_function = torch._C._functorch.peek_interpreter_stack() is not None
     return in_function or torch.autograd.forward_ad._current_level >= 0
+
+
+def has_function_mode() -> bool:
+    """Whether a mode watches functions, other than the one that ``torch.set_default_device`` leaves for good."""
+    modes = torch._C._len_torch_function_stack()
+    return modes > 1 or (modes == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)

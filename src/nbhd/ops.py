@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._device import DeviceContext
 
 from nbhd import backends
-from nbhd._modes import is_transformed, makes_a_graph
+from nbhd._gradients import expect_kept, is_special
+from nbhd._modes import has_function_mode, is_transformed, makes_a_graph
 from nbhd.backends import reference
-from nbhd.errors import BackendError
 from nbhd.flops import tell_counters
 from nbhd.geometry import Neighborhood
 from nbhd.qkv import lie_as_parts, room_for_gradients
@@ -72,21 +71,6 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _resolved(tensor: Grad) -> Grad:
     return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
-
-
-def _expect(name: str, tensor: Grad, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
-    """Refuse what autograd kept and gives back changed: backends would read outside of it."""
-    if tensor is None or (tensor.shape == torch.Size(shape) and dtype in (None, tensor.dtype)):
-        return
-    raise BackendError(
-        f"{name} must be {_described(shape, dtype)} in the backward, got "
-        f"{_described(tensor.shape, dtype and tensor.dtype)}. Hooks on what autograd keeps "
-        "(torch.autograd.graph.saved_tensors_hooks) have to return the shape and dtype that they were given."
-    )
-
-
-def _described(shape: Sequence[int], dtype: torch.dtype | None) -> str:
-    return f"{list(shape)}" if dtype is None else f"{list(shape)} of {dtype}"
 
 
 def _bias_gradient(bias: Tensor | None, like: Tensor) -> Tensor:
@@ -234,22 +218,9 @@ def is_watched(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor |
         or (rel_pos_bias is not None and type(rel_pos_bias) not in _PLAIN)
         or query.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
-        or _has_function_mode()
+        or has_function_mode()
         or torch.autograd._profiler_enabled()
         or is_transformed()
-    )
-
-
-def _has_function_mode() -> bool:
-    """Whether a mode watches functions, other than the one that ``torch.set_default_device`` leaves for good."""
-    modes = torch._C._len_torch_function_stack()
-    return modes > 1 or (modes == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)
-
-
-def _is_special(gradient: Grad) -> bool:
-    """Whether a gradient is of a subclass, or a batch of gradients as ``is_grads_batched`` has them."""
-    return gradient is not None and (
-        type(gradient) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(gradient)
     )
 
 
@@ -267,14 +238,14 @@ def _na_backward(
     else:
         neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
         *places, heads, dim = query.shape
-        _expect("key", key, (*places, key.shape[-2], dim), query.dtype)
-        _expect("value", value, (*places, key.shape[-2], value.shape[-1]), query.dtype)
-        _expect("rel_pos_bias", rel_pos_bias, (heads, *(2 * k - 1 for k in kernel_size)))
+        expect_kept("key", key, (*places, key.shape[-2], dim), query.dtype)
+        expect_kept("value", value, (*places, key.shape[-2], value.shape[-1]), query.dtype)
+        expect_kept("rel_pos_bias", rel_pos_bias, (heads, *(2 * k - 1 for k in kernel_size)))
         for name, tensor in (("out", out), ("the gradient of out", d_out)):
-            _expect(name, tensor, (*places, heads, value.shape[-1]))
+            expect_kept(name, tensor, (*places, heads, value.shape[-1]))
         lse = lse.to(reference.accumulation_dtype(query.dtype))
         for name, tensor in (("lse", lse), ("the gradient of lse", d_lse)):
-            _expect(name, tensor, (*places, heads))
+            expect_kept(name, tensor, (*places, heads))
         d_out = torch.zeros_like(out) if d_out is None else _rows(d_out)
         query, key, value = _rows(query), _rows(key), _rows(value)
         chosen = backends.choose(backend, backends.Call(query, key, value, rel_pos_bias, neighborhood))
@@ -371,8 +342,8 @@ class _Attend(torch.autograd.Function):
             torch.is_grad_enabled()
             or is_watched(query, key, value, None)
             or not call.is_for(query, key, value, rel_pos_bias, out, lse)
-            or _is_special(d_out)
-            or _is_special(d_lse)
+            or is_special(d_out)
+            or is_special(d_lse)
         ):
             neighborhood, scale = call.arguments
             return *_na_gradients((d_out, d_lse), kept, (*flat(neighborhood), scale, call.backend)), None
@@ -462,9 +433,9 @@ def _scores_backward(
     if query.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), _bias_gradient(rel_pos_bias, query)
     neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
-    _expect("key", key, (*query.shape[:-2], key.shape[-2], query.shape[-1]), query.dtype)
-    _expect("rel_pos_bias", rel_pos_bias, (query.shape[-2], *(2 * k - 1 for k in kernel_size)))
-    _expect("the gradient of the scores", d_scores, (*query.shape[:-1], neighborhood.slots))
+    expect_kept("key", key, (*query.shape[:-2], key.shape[-2], query.shape[-1]), query.dtype)
+    expect_kept("rel_pos_bias", rel_pos_bias, (query.shape[-2], *(2 * k - 1 for k in kernel_size)))
+    expect_kept("the gradient of the scores", d_scores, (*query.shape[:-1], neighborhood.slots))
     query, key = _rows(query), _rows(key)
     run = _unfused("scores_backward", backend, backends.Call(query, key, key, rel_pos_bias, neighborhood))
     d_query, d_key, d_bias = run(_rows(d_scores), query, key, rel_pos_bias, neighborhood, scale)
@@ -544,8 +515,8 @@ def _weighted_sum_backward(
         return torch.zeros_like(weights), torch.zeros_like(value)
     neighborhood = _neighborhood(kernel_size, stride, dilation, is_causal)
     heads = weights.shape[-2]
-    _expect("weights", weights, (*value.shape[:-2], heads, neighborhood.slots), value.dtype)
-    _expect("the gradient of out", d_out, (*value.shape[:-2], heads, value.shape[-1]))
+    expect_kept("weights", weights, (*value.shape[:-2], heads, neighborhood.slots), value.dtype)
+    expect_kept("the gradient of out", d_out, (*value.shape[:-2], heads, value.shape[-1]))
     weights, value = _rows(weights), _rows(value)
     call = backends.Call(_as_query(weights, value), value, value, None, neighborhood)
     d_weights, d_value = _unfused("weighted_sum_backward", backend, call)(_rows(d_out), weights, value, neighborhood)

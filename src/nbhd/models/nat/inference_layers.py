@@ -17,7 +17,9 @@ from nbhd.models.nat.layers import (
     NeighborhoodAttention,
     NeighborhoodAttentionModule,
     NeighborhoodAttentionOutput,
+    has_exact_gelu,
 )
+from nbhd.own_parts import OwnParts, has_own_parts
 from nbhd.packed import Layers, PackedLinear
 
 PARTS = ("query", "key", "value")
@@ -134,12 +136,12 @@ class PackedNatLayer(NatLayer):
     def __init__(self, layer: NatLayer) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
-        self._watch = _Watch()
+        self._own_parts: OwnParts[Any] = OwnParts(_PARTS, _Whole, has_exact_gelu)
 
     @staticmethod
     def suits(layer: nn.Module) -> bool:
         """Whether ``layer`` is a `NatLayer` made of nothing but its own parts, its linear layers packed."""
-        return type(layer) is NatLayer and _has_its_own_parts(layer)
+        return type(layer) is NatLayer and has_own_parts(layer, _PARTS) and has_exact_gelu(layer)
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         """``(B, H, W, dim)`` to the same, and the attention probabilities if asked for."""
@@ -150,9 +152,12 @@ class PackedNatLayer(NatLayer):
             and hidden_states.ndim == 4
             and min(hidden_states.shape[1:3]) >= self.window_size  # smaller maps are padded between norm and attention
         ):
-            whole = self._watch.whole(self)
+            whole = self._own_parts.found(self)
         output = whole(self, hidden_states) if whole is not None else None
         return super().forward(hidden_states, output_attentions) if output is None else (output, None)
+
+    def _joined_layer(self, hidden_states: Tensor) -> None:
+        """No other way to compute it in a few calls than its own."""
 
 
 class _Whole:
@@ -188,77 +193,12 @@ class _Whole:
 
 
 #: The parts that a layer may have to run as a whole.
-_PARTS: dict[str, type[nn.Module]] = {
-    "layernorm_before": nn.LayerNorm, "layernorm_after": nn.LayerNorm, "drop_path": nn.Identity,
-    "attention": NeighborhoodAttentionModule, "attention.self": FusedNeighborhoodAttention,
-    "attention.self.qkv": PackedLinear, "attention.output": NeighborhoodAttentionOutput,
-    "attention.output.dense": PackedLinear, "attention.output.dropout": nn.Identity, "intermediate": NatIntermediate,
-    "intermediate.dense": PackedLinear, "intermediate.intermediate_act_fn": GELUActivation, "output": NatOutput,
-    "output.dense": PackedLinear, "output.dropout": nn.Identity,
+_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+    "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity,),
+    "attention": (NeighborhoodAttentionModule,), "attention.self": (FusedNeighborhoodAttention,),
+    "attention.self.qkv": (PackedLinear,), "attention.output": (NeighborhoodAttentionOutput,),
+    "attention.output.dense": (PackedLinear,), "attention.output.dropout": (nn.Identity,),
+    "intermediate": (NatIntermediate,), "intermediate.dense": (PackedLinear,),
+    "intermediate.intermediate_act_fn": (GELUActivation,), "output": (NatOutput,), "output.dense": (PackedLinear,),
+    "output.dropout": (nn.Identity,),
 }  # fmt: skip
-
-
-def _has_its_own_parts(layer: nn.Module) -> bool:
-    parts = dict(layer.named_modules(remove_duplicate=False))
-    del parts[""]
-    activation = parts.get("intermediate.intermediate_act_fn")
-    return (
-        parts.keys() == _PARTS.keys()
-        and all(type(part) is _PARTS[name] and is_plain(part) for name, part in parts.items())
-        and getattr(activation, "act", None) is nn.functional.gelu  # and not the one written out in Python
-    )
-
-
-class _Watch:
-    """Notices when a layer is not made of nothing but its own parts any more. No part of copies and pickles."""
-
-    def __init__(self) -> None:
-        self._seen: _Seen | None = None  # threads replace it as a whole
-
-    def whole(self, layer: NatLayer) -> _Whole | None:
-        """What to compute the layer with, if it has its own parts and nobody's hooks."""
-        if nn.modules.module._has_any_global_hook():
-            return None
-        seen = self._seen
-        if seen is None or not seen.is_of(layer):
-            self._seen = None
-            if not _has_its_own_parts(layer):
-                return None
-            seen = self._seen = _Seen(layer)
-        return seen.whole
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Watch:
-        return _Watch()
-
-    def __reduce__(self) -> tuple[type[_Watch], tuple[()]]:
-        return _Watch, ()
-
-
-class _Seen:
-    """A layer that was found to have its own parts."""
-
-    def __init__(self, layer: NatLayer) -> None:
-        self.whole = _Whole(layer)
-        self._layer = layer
-        self._children = tuple(layer._modules.values())
-        # the layer's own hooks are run by whoever calls it
-        parts = list(layer.modules())[1:]
-        self._parts = [(part, type(part), part.__dict__, tuple(part._modules.values())) for part in parts]
-        self._activation: Any = layer.intermediate.intermediate_act_fn
-
-    def is_of(self, layer: NatLayer) -> bool:
-        """Whether it is this layer, and has no other parts, hooks or functions now."""
-        if layer is not self._layer or tuple(layer._modules.values()) != self._children:
-            return False
-        for part, kind, attributes, children in self._parts:
-            if (
-                type(part) is not kind
-                or attributes["_forward_hooks"]
-                or attributes["_forward_pre_hooks"]
-                or attributes["_backward_hooks"]
-                or attributes["_backward_pre_hooks"]
-                or "forward" in attributes
-                or tuple(attributes["_modules"].values()) != children
-            ):
-                return False
-        return self._activation.act is nn.functional.gelu

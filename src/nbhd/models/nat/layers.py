@@ -17,8 +17,11 @@ from transformers.utils import ModelOutput
 from nbhd._modes import is_transformed, makes_a_graph
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
+from nbhd.joined import may_join
 from nbhd.linear import Linear, is_plain, joins
 from nbhd.models.nat.configuration_nat import NatConfig
+from nbhd.models.nat.joined_layers import JoinedLayer
+from nbhd.own_parts import OwnParts
 
 
 @dataclass
@@ -103,9 +106,11 @@ class NatDropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return hidden_states
-        return hidden_states * self.draw(hidden_states)
+        return hidden_states * self.draw(hidden_states) if self.may_drop() else hidden_states
+
+    def may_drop(self) -> bool:
+        """Whether branches are dropped: not in inference."""
+        return self.training and self.drop_prob > 0
 
     def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(B, 1, ...)``, what to multiply each sample with: 0 if its branch is dropped, else 1 / (1 - drop_prob)."""
@@ -249,16 +254,50 @@ class NatLayer(GradientCheckpointingLayer):
             if config.layer_scale_init_value > 0
             else None
         )
+        self._own_parts: OwnParts[JoinedLayer] = OwnParts(_PARTS, JoinedLayer, has_exact_gelu)
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not output_attentions and self._may_leave_out(hidden_states):
-            hidden_states = self._add_for_some(hidden_states, lambda some: self._attention_branch(some, False)[0])
-            return self._add_for_some(hidden_states, self._mlp_branch), None
+        if not output_attentions:
+            joined = self._joined_layer(hidden_states)
+            if joined is not None:
+                hidden_states = self._add(hidden_states, joined.attention_branch, self._plain_attention_branch, 0)
+                return self._add(hidden_states, joined.mlp_branch, self._mlp_branch, 1), None
+            if self._may_leave_out(hidden_states):
+                hidden_states = self._add_for_some(hidden_states, self._plain_attention_branch)
+                return self._add_for_some(hidden_states, self._mlp_branch), None
         branch, probabilities = self._attention_branch(hidden_states, output_attentions)
         hidden_states = hidden_states + self.drop_path(branch)
         return hidden_states + self.drop_path(self._mlp_branch(hidden_states)), probabilities
+
+    def _joined_layer(self, hidden_states: torch.Tensor) -> JoinedLayer | None:
+        """What to compute the layer with in a few calls, where it can be and nobody can tell."""
+        if not may_join(hidden_states):  # the first of all: in graphs nothing of this is to be looked at
+            return None
+        joined = self._own_parts.found(self)
+        return joined if joined is not None and joined.suits(hidden_states, self.window_size) else None
+
+    def _add(
+        self, hidden_states: torch.Tensor, joined_branch: Callable[[torch.Tensor, float | None], torch.Tensor | None],
+        plain_branch: Callable[[torch.Tensor], torch.Tensor], row: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """``hidden_states + drop_path(branch(hidden_states))``, the branch joined, or plain where it cannot be."""
+
+        def branch(some: torch.Tensor) -> torch.Tensor:
+            joined = joined_branch(some, None) if len(some) else None
+            return plain_branch(some) if joined is None else self._scale(joined, row)
+
+        if type(self.drop_path) is NatDropPath and self.drop_path.may_drop():
+            return self._add_for_some(hidden_states, branch, joined_branch)
+        if self.layer_scale_parameters is None:
+            added = joined_branch(hidden_states, 1.0)
+            if added is not None:
+                return added
+        return hidden_states + branch(hidden_states)
+
+    def _plain_attention_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._attention_branch(hidden_states, False)[0]
 
     def _attention_branch(
         self, hidden_states: torch.Tensor, output_attentions: bool
@@ -276,9 +315,9 @@ class NatLayer(GradientCheckpointingLayer):
         too, whose order would change, and not where somebody sees what goes through a module.
         """
         return (
-            self.training
-            and type(self.drop_path) is NatDropPath
-            and 0 < self.drop_path.drop_prob < 1
+            type(self.drop_path) is NatDropPath
+            and self.drop_path.may_drop()
+            and self.drop_path.drop_prob < 1
             and not makes_a_graph()
             and type(hidden_states) is torch.Tensor
             and hidden_states.device.type == "cpu"
@@ -289,17 +328,23 @@ class NatLayer(GradientCheckpointingLayer):
         )
 
     def _add_for_some(
-        self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+        self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor],
+        added_branch: Callable[[torch.Tensor, float], torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """``hidden_states + drop_path(branch(hidden_states))``, the branch computed for the images that keep it.
 
-        If none does it is computed for none, and gives all parameters gradients of zero.
+        If none does it is computed for none, and gives all parameters gradients of zero. If all do and there is no
+        layer scale, ``added_branch`` may add the branch times a factor itself.
         """
         drop_path = cast(NatDropPath, self.drop_path)
         factors = drop_path.draw(hidden_states)
         kept = factors.flatten().nonzero().flatten()
         factor = 1 / (1 - drop_path.drop_prob)
         if len(kept) == len(factors):
+            if added_branch is not None and self.layer_scale_parameters is None:
+                added = added_branch(hidden_states, factor)
+                if added is not None:
+                    return added
             return torch.add(hidden_states, branch(hidden_states), alpha=factor)
         some = branch(hidden_states.index_select(0, kept))
         dtype = torch.promote_types(hidden_states.dtype, some.dtype)  # autocast makes them two
@@ -339,6 +384,24 @@ class NatLayer(GradientCheckpointingLayer):
 
     def _scale(self, branch: torch.Tensor, row: int) -> torch.Tensor:
         return branch if self.layer_scale_parameters is None else self.layer_scale_parameters[row] * branch
+
+
+#: The parts that a layer may have to be computed in a few calls.
+_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+    "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity, NatDropPath),
+    "attention": (NeighborhoodAttentionModule,), "attention.self": (NeighborhoodAttention,),
+    "attention.self.query": (Linear,), "attention.self.key": (Linear,), "attention.self.value": (Linear,),
+    "attention.self.dropout": (nn.Dropout,), "attention.output": (NeighborhoodAttentionOutput,),
+    "attention.output.dense": (Linear,), "attention.output.dropout": (nn.Dropout,), "intermediate": (NatIntermediate,),
+    "intermediate.dense": (Linear,), "intermediate.intermediate_act_fn": (GELUActivation,), "output": (NatOutput,),
+    "output.dense": (Linear,), "output.dropout": (nn.Dropout,),
+}  # fmt: skip
+
+
+def has_exact_gelu(layer: NatLayer) -> bool:
+    """Whether the activation between the MLP's layers is PyTorch's exact GELU."""
+    activation: Any = layer.intermediate.intermediate_act_fn
+    return activation.act is nn.functional.gelu  # and not the one written out in Python
 
 
 class NatStage(nn.Module):

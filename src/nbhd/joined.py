@@ -1,0 +1,257 @@
+"""A layer norm, linear layers and the exact GELU between two of them in one call of the native core, with gradients.
+
+What lies between the layers never leaves a thread's cache, and of it only what GELU was taken of is kept for the
+backward, which computes the rest again: PyTorch's layers keep the norm's output and GELU's too. In the backward the
+gradients of inputs, of the norm and of all weights are one call as well. Weights are packed at each call, which is a
+small part of it from a few dozen rows on; for inference `nbhd.packed` keeps them packed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nbhd._gradients import expect_kept, is_special
+from nbhd._modes import has_function_mode, is_transformed, makes_a_graph
+from nbhd._processor import maker
+from nbhd.backends import cpu, cpu_linear
+from nbhd.backends.cpu_linear import Gradients, Layer, Norm, is_dense
+
+#: Fewer rows than this are over before packing the weights has paid.
+FEWEST_ROWS = 32
+
+
+@functools.cache
+def joined_layers_are_faster() -> bool:
+    """Whether `join` beats PyTorch's layers on this CPU.
+
+    True on Intel's processors with AVX-512; elsewhere it is not yet measured. With AVX2 alone inference gains and
+    training does not.
+    """
+    return (
+        cpu.why_unusable() is None
+        and cpu.loaded_library().isa.startswith("avx512")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and maker() == "GenuineIntel"
+    )
+
+
+def may_join(input: Tensor) -> bool:
+    """Whether `join` may be called with ``input`` here, and is faster.
+
+    That is: plain float32 in order in the CPU's memory, not too few rows, in eager mode without autocast or
+    ``torch.func``, and nobody watches, who would know PyTorch's operators only.
+    """
+    return (
+        not makes_a_graph()  # the first of all: a compiler would warn of the cache behind joined_layers_are_faster
+        and joined_layers_are_faster()
+        and not is_transformed()  # its tensors have no memory to ask for
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not has_function_mode()
+        and not torch.is_autocast_enabled("cpu")
+        and is_dense(input, input.shape)
+        and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0
+    )
+
+
+def join(
+    input: Tensor, last: Sequence[Layer], *, hidden: Layer | None = None, norm: Norm | None = None,
+    residual: Tensor | None = None, factor: float = 1.0,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """``residual + factor * last(gelu(hidden(norm(input))))``, with those parts that are given.
+
+    Args:
+        input: ``[..., in]``, one that `may_join` takes.
+        last: up to three layers of the same input, such as query, key and value; one if there is ``hidden`` or
+            ``residual``.
+        hidden: a layer before it, which the exact GELU follows.
+        norm: of the input.
+        residual: ``[..., out]``; may be ``input`` itself.
+        factor: of what is added to the residual.
+
+    Returns:
+        ``[..., out]`` of each last layer; None where PyTorch's layers are to be taken: parameters of other kinds or
+        shapes.
+    """
+    call = _Call(norm.epsilon if norm else None, hidden is not None, factor, residual is input)
+    if call.adds_input:
+        residual = None
+    parameters = (
+        *(norm[:2] if norm else (None, None)), *(hidden[1:] if hidden else (None, None)),
+        *(tensor for layer in last for tensor in layer[1:]),
+    )  # fmt: skip
+    if not call.fits(input, residual, parameters):
+        return None
+    learns = any(tensor is not None and tensor.requires_grad for tensor in (input, residual, *parameters))
+    if learns and torch.is_grad_enabled():
+        outputs: tuple[Tensor, ...] = _Join.apply(call, input, residual, *parameters)
+        return outputs
+    made = call.run(input, residual, parameters, keeps=False)
+    return None if made is None else made.outputs
+
+
+_Tensors = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is computed from input, residual, the norm's weight and bias, the hidden layer's, and each last layer's."""
+
+    epsilon: float | None
+    has_hidden: bool
+    factor: float
+    #: The input is the residual, too.
+    adds_input: bool
+
+    def fits(self, batch: Tensor, residual: Tensor | None, parameters: _Tensors) -> bool:
+        """Whether all tensors are such as the core reads, and of shapes that fit each other."""
+        features = batch.shape[-1]
+        norm_weight, norm_bias, hidden_weight, hidden_bias, *last = parameters
+        if not (_fits(norm_weight, (features,)) and _fits(norm_bias, (features,))):
+            return False
+        if self.has_hidden:
+            if not _is_layer(hidden_weight, hidden_bias, features):
+                return False
+            features = _rows(hidden_weight)
+        if not all(_is_layer(weight, bias, features) for weight, bias in _pairs(last)):
+            return False
+        shape = (*batch.shape[:-1], _rows(last[0]))
+        return batch.shape == shape if self.adds_input else _fits(residual, shape)
+
+    def layers(self, parameters: _Tensors) -> tuple[Norm | None, Layer | None, list[Layer]]:
+        norm_weight, norm_bias, hidden_weight, hidden_bias, *last = parameters
+        norm = None if self.epsilon is None else Norm(norm_weight, norm_bias, self.epsilon)
+        hidden = None if hidden_weight is None else Layer(None, hidden_weight, hidden_bias)
+        return norm, hidden, [Layer(None, weight, bias) for weight, bias in _pairs(last) if weight is not None]
+
+    def run(self, batch: Tensor, residual: Tensor | None, parameters: _Tensors, keeps: bool) -> cpu_linear.Made | None:
+        norm, hidden, last = self.layers(parameters)
+        scale = None if self.factor == 1 else batch.new_full((_rows(last[0].weight),), self.factor)
+        return cpu_linear.run(batch, last, hidden, norm, scale, batch if self.adds_input else residual, keeps)
+
+    def by_pytorch(self, batch: Tensor, parameters: _Tensors) -> list[Tensor]:
+        """The outputs by PyTorch's operators, but for a residual that is not the input."""
+        norm, hidden, last = self.layers(parameters)
+        x = batch
+        if norm is not None:
+            x = functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
+        if hidden is not None:
+            x = functional.gelu(functional.linear(x, hidden.weight, hidden.bias))
+        outputs = [functional.linear(x, layer.weight, layer.bias) for layer in last]
+        if self.factor != 1:
+            outputs = [output * self.factor for output in outputs]
+        return [output + batch for output in outputs] if self.adds_input else outputs
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, call: _Call, batch: Tensor, residual: Tensor | None, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        made = call.run(batch, residual, parameters, keeps=True)
+        if made is None:  # something lies at odd bytes of a file
+            copies = [None if tensor is None else tensor.clone() for tensor in (batch, residual, *parameters)]
+            made = call.run(cast(Tensor, copies[0]), copies[1], copies[2:], keeps=True)
+        assert made is not None
+        ctx.call = call
+        ctx.save_for_backward(batch, made.moments, made.sums, *parameters)
+        ctx.set_materialize_grads(False)
+        return made.outputs
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _, wants_batch, wants_residual, *wants = ctx.needs_input_grad
+        if all(gradient is None for gradient in d_outputs):
+            return (None,) * len(ctx.needs_input_grad)
+        batch, *kept = ctx.saved_tensors
+        found = None
+        # Where grad is enabled the gradient itself is to be differentiated, which PyTorch's operators know how to.
+        if not torch.is_grad_enabled() and not is_transformed() and not any(map(is_special, d_outputs)):
+            found = _backward(ctx.call, batch, kept, d_outputs, (wants_batch, *wants))
+        if found is None:
+            found = _backward_by_pytorch(ctx.call, batch, kept[2:], d_outputs, (wants_batch, *wants))
+        return None, found[0], d_outputs[0] if wants_residual else None, *found[1:]
+
+
+def _backward(
+    call: _Call, batch: Tensor, kept: _Tensors, d_outputs: _Tensors, wants: Sequence[bool]
+) -> list[Tensor | None] | None:
+    """Gradients of input and parameters that are wanted; None if the core does not take what it is given."""
+    # hooks may have kept copies, laid out otherwise
+    batch = batch.contiguous()
+    moments, sums, *parameters = (None if tensor is None else tensor.contiguous() for tensor in kept)
+    if not call.fits(batch, None, parameters):
+        return None
+    norm, hidden, last = call.layers(parameters)
+    rows = batch.numel() // batch.shape[-1]
+    expect_kept("the moments of a norm", moments, (rows, 2), torch.float32)
+    expect_kept("the sums of a hidden layer", sums, (rows, _rows(parameters[2])), torch.float32)
+    shapes = [(*batch.shape[:-1], _rows(layer.weight)) for layer in last]
+    gradients = [
+        batch.new_zeros(shape) if gradient is None else gradient.resolve_neg().contiguous()
+        for gradient, shape in zip(d_outputs, shapes, strict=True)
+    ]
+    if not all(map(is_dense, gradients, shapes)):
+        return None
+    found = [
+        torch.empty_like(tensor) if wanted and tensor is not None else None
+        for tensor, wanted in zip((batch, *parameters), wants, strict=True)
+    ]
+    d_batch, *d_parameters = found
+    of_norm, of_hidden, *of_last = _pairs(d_parameters)
+    added = gradients[0] if call.adds_input and d_batch is not None else None
+    into = Gradients(d_batch, of_norm, of_hidden, of_last)
+    done = cpu_linear.gradients(batch, last, hidden, norm, moments, sums, call.factor, gradients, added, into)
+    return found if done else None
+
+
+def _backward_by_pytorch(
+    call: _Call, batch: Tensor, parameters: _Tensors, d_outputs: _Tensors, wants: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same by PyTorch's operators, which can be differentiated again if grad is enabled."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that leaves and tensors with a history are treated alike and the graph stays connected.
+        tensors = [
+            tensor if tensor is None or not wanted
+            else tensor.view_as(tensor) if tensor.requires_grad
+            else tensor.detach().requires_grad_()
+            for tensor, wanted in zip((batch, *parameters), wants, strict=True)
+        ]  # fmt: skip
+        outputs = call.by_pytorch(cast(Tensor, tensors[0]), tensors[1:])
+        pairs = [(o, g) for o, g in zip(outputs, d_outputs, strict=True) if g is not None]
+        results, given = zip(*pairs, strict=True)
+        present = [t for t, wanted in zip(tensors, wants, strict=True) if wanted and t is not None]
+        if not present:
+            return [None] * len(tensors)
+        found = iter(
+            torch.autograd.grad(
+                results, present, given, create_graph=differentiable, allow_unused=True, materialize_grads=True
+            )
+        )
+    return [next(found) if wanted and t is not None else None for t, wanted in zip(tensors, wants, strict=True)]
+
+
+def _pairs(tensors: _Tensors) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    return zip(tensors[::2], tensors[1::2], strict=True)
+
+
+def _rows(weight: Tensor | None) -> int:
+    return 0 if weight is None else weight.shape[0]
+
+
+def _fits(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+    return tensor is None or is_dense(tensor, shape)
+
+
+def _is_layer(weight: Tensor | None, bias: Tensor | None, features: int) -> bool:
+    if weight is None or weight.ndim != 2:
+        return False
+    out = weight.shape[0]
+    return out > 0 and is_dense(weight, (out, features)) and _fits(bias, (out,))

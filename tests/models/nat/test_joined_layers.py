@@ -1,0 +1,415 @@
+"""NAT's layers in four calls of the native core: what the plain layers give, in training too, and what is noticed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nbhd import joined
+from nbhd.backends import cpu
+from nbhd.models import NatConfig, NatForImageClassification
+from nbhd.models.nat.joined_layers import JoinedLayer
+from nbhd.models.nat.layers import NatDropPath, NatLayer
+
+pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
+
+#: Calls of a layer: attention and MLP.
+BRANCHES = 2
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """As if every machine gained by it: the branches that were computed in a call, in their order."""
+    seen: list[str] = []
+    for name in ("attention_branch", "mlp_branch"):
+        real = getattr(JoinedLayer, name)
+
+        def spy(*args: object, real: Callable = real, name: str = name) -> Tensor | None:
+            output = real(*args)
+            if output is not None:
+                seen.append(name)
+            return output
+
+        monkeypatch.setattr(JoinedLayer, name, spy)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: True)
+    yield seen
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Calls a function on a machine that gains nothing."""
+
+    def run(function: Callable) -> object:
+        with monkeypatch.context() as context:
+            context.setattr(joined, "joined_layers_are_faster", lambda: False)
+            return function()
+
+    return run
+
+
+KINDS = ("nat", "scaled", "dilated", "dropping")
+
+
+def model_of(kind: str = "nat") -> nn.Module:
+    torch.manual_seed(0)
+    options: dict = {"embed_dim": 32, "depths": [2, 1], "num_heads": [1, 2], "kernel_size": 3, "num_labels": 5}
+    options |= {"drop_path_rate": 0.0}
+    if kind == "scaled":
+        options |= {"embed_dim": 20, "num_heads": [2, 4], "layer_scale_init_value": 0.5, "mlp_ratio": 2.5}
+        options |= {"qkv_bias": False, "drop_path_rate": 0.5}
+    elif kind == "dilated":
+        options |= {"dilations": [[1, 2], [1]]}
+    elif kind == "dropping":
+        options |= {"drop_path_rate": 0.6}
+    model = NatForImageClassification(NatConfig(**options))
+    with torch.no_grad():  # numbers that no part of a layer takes for another's
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def first_layer(model: nn.Module) -> NatLayer:
+    return next(module for module in model.modules() if isinstance(module, NatLayer))
+
+
+PIXELS = torch.randn(4, 3, 32, 44, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 3, 1, 4])
+
+
+def step(model: nn.Module, seed: int = 0, pixels: Tensor = PIXELS) -> list[Tensor]:
+    """The loss of a training step, and what its gradients are."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(pixel_values=pixels, labels=LABELS[: len(pixels)]).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]  # type: ignore[misc]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    largest = max(float(t.abs().max()) for t in expected[1:])
+    for ours, theirs in zip(found, expected, strict=True):
+        # a key's bias changes nothing, and its gradient is what rounding leaves
+        scale = max(float(theirs.abs().max()), 1e-3 * largest)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_training_step_is_the_plain_one(kind: str, seed: int, calls: list[str], plainly: Callable) -> None:
+    """Whatever images are dropped: the same random numbers are drawn, in the same order."""
+    model = model_of(kind).train()
+    found = step(model, seed)
+    assert calls
+    after = torch.rand(1)
+    calls.clear()
+    close(found, plainly(lambda: step(model, seed)))
+    assert not calls
+    assert torch.equal(after, torch.rand(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_inference_is_the_plain_one(kind: str, context: Callable, calls: list[str], plainly: Callable) -> None:
+    model = model_of(kind).eval()
+    with context():
+        found = model(PIXELS).logits
+        assert calls == ["attention_branch", "mlp_branch"] * 3
+        torch.testing.assert_close(found, plainly(lambda: model(PIXELS)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_all_images_of_a_branch_dropped(calls: list[str], plainly: Callable) -> None:
+    model = model_of("dropping").train()
+    for module in model.modules():
+        if isinstance(module, NatDropPath):
+            module.drop_prob = 0.999
+    found = step(model)
+    # the first layer never drops; of the others none is left
+    assert calls == ["attention_branch", "mlp_branch"]
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.nat.encoder.levels[1].layers.parameters())
+    close(found, plainly(lambda: step(model)))
+    for module in model.modules():
+        if isinstance(module, NatDropPath):
+            module.drop_prob = 1.0
+    close(step(model), plainly(lambda: step(model)))
+
+
+def test_the_same_bits_with_any_threads_and_again(calls: list[str]) -> None:
+    model, before, found = model_of("dropping").train(), torch.get_num_threads(), []
+    layer = first_layer(model)
+    batch = torch.randn(2, 20, 24, 32)
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            layer.zero_grad()
+            leaf = batch.clone().requires_grad_()
+            output = layer(leaf)[0]
+            output.square().sum().backward()
+            found.append([output.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())])  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    assert len(calls) == 4 * BRANCHES
+
+
+def test_maps_smaller_than_the_window_and_probabilities(calls: list[str], plainly: Callable) -> None:
+    model = model_of().eval()
+    small = torch.randn(8, 3, 8, 40)  # maps of 2 and 1 rows
+    with torch.no_grad():
+        found = model(small).logits
+        assert not calls
+        torch.testing.assert_close(found, plainly(lambda: model(small)).logits)
+        outputs = model(PIXELS, output_attentions=True)
+        assert len(outputs.attentions) == 2
+        assert calls == ["attention_branch", "mlp_branch"]  # of the layer whose probabilities nobody gets
+        torch.testing.assert_close(outputs.logits, plainly(lambda: model(PIXELS)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout(calls: list[str]) -> None:
+    model = model_of().train()
+    for name in ("attention.self.dropout", "attention.output.dropout", "output.dropout"):
+        dropout = first_layer(model).get_submodule(name)
+        step(model)
+        assert len(calls) == 3 * BRANCHES
+        calls.clear()
+        dropout.p = 0.5  # type: ignore[assignment]
+        step(model)
+        assert len(calls) == 2 * BRANCHES  # the other layers
+        model.eval()
+        step(model)
+        assert len(calls) == 5 * BRANCHES
+        model.train()
+        dropout.p = 0.0  # type: ignore[assignment]
+        calls.clear()
+
+
+#: All but the dropout of probabilities, which nobody calls where there are none.
+PARTS = [n for n, _ in NatLayer(NatConfig(), 64, 2, 0.1).named_modules() if n and n != "attention.self.dropout"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_hooks_that_come_later_see_everything(name: str, calls: list[str], plainly: Callable) -> None:
+    model = model_of("dropping").train()
+    step(model)
+    calls.clear()
+    layer = model.nat.encoder.levels[0].layers[1]  # the one with a NatDropPath
+    part, seen = layer.get_submodule(name), []
+
+    def hook(*args: object) -> None:
+        seen.append(args[0])
+
+    hooks = (
+        part.register_forward_hook, part.register_forward_pre_hook, part.register_full_backward_hook,
+        part.register_full_backward_pre_hook,
+    )  # fmt: skip
+    for register in hooks:
+        seen.clear(), calls.clear()
+        handle = register(hook)
+        found = step(model, 2)
+        assert seen and set(seen) == {part}
+        handle.remove()
+        expected = step(model, 2)
+        close(found, expected)
+    seen.clear(), calls.clear()
+    real = part.forward
+    part.forward = lambda *a, **k: (hook(part), real(*a, **k))[1]  # type: ignore[method-assign]
+    step(model, 2)
+    assert seen
+    del part.forward
+    seen.clear()
+    step(model, 2)
+    assert not seen
+
+
+def test_global_hooks(calls: list[str]) -> None:
+    model, seen = model_of().eval(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        model(PIXELS)
+    finally:
+        handle.remove()
+    layer = first_layer(model)
+    assert not calls and seen.issuperset(map(layer.get_submodule, PARTS))
+    model(PIXELS)
+    assert len(calls) == 3 * BRANCHES
+
+
+class Adapter(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.more = base, nn.Parameter(torch.ones(()))
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.base(*args) * self.more
+
+
+@pytest.mark.parametrize("name", [n for n in PARTS if n.endswith(("query", "dense", "before", "act_fn"))])
+def test_parts_that_come_later(name: str, calls: list[str], plainly: Callable) -> None:
+    model = model_of().train()
+    step(model)
+    layer = first_layer(model)
+    layer.set_submodule(name, Adapter(layer.get_submodule(name)))
+    calls.clear()
+    found = step(model)
+    assert len(calls) == 2 * BRANCHES
+    close(found, plainly(lambda: step(model)))
+
+
+def test_a_class_or_a_function_that_becomes_another(calls: list[str]) -> None:
+    model = model_of().eval()
+    model(PIXELS)
+    layer = first_layer(model)
+
+    class Other(type(layer.output.dense)):  # type: ignore[misc]
+        pass
+
+    kind = type(layer.output.dense)
+    layer.output.dense.__class__ = Other
+    calls.clear()
+    model(PIXELS)
+    assert len(calls) == 2 * BRANCHES
+    layer.output.dense.__class__ = kind
+    layer.intermediate.intermediate_act_fn.act = functools.partial(nn.functional.gelu, approximate="tanh")  # type: ignore[union-attr, assignment]
+    calls.clear()
+    model(PIXELS)
+    assert len(calls) == 2 * BRANCHES
+
+
+def test_an_activation_that_is_not_the_exact_gelu(calls: list[str], plainly: Callable) -> None:
+    for activation in ("gelu_new", "relu", "gelu_python"):
+        config = NatConfig(embed_dim=32, depths=[1], num_heads=[1], kernel_size=3, hidden_act=activation)
+        model = NatForImageClassification(config).eval()
+        model(PIXELS)
+        assert not calls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: nn.utils.parametrizations.weight_norm(m.output.dense),
+        lambda m: m.double(), lambda m: m.bfloat16(),
+        lambda m: setattr(m.layernorm_after, "eps", -1e-9),
+        lambda m: m.layernorm_before.register_parameter("bias", nn.Parameter(torch.zeros(32).double())),
+    ],
+    ids=["parametrized", "double", "bfloat16", "epsilon", "a bias of another dtype"],
+)  # fmt: skip
+def test_layers_that_are_left_to_pytorch(change: Callable, calls: list[str], plainly: Callable) -> None:
+    layer = first_layer(model_of()).train()
+    batch = torch.randn(1, 8, 8, 32)
+    layer(batch)
+    assert len(calls) == BRANCHES
+    change(layer)
+    calls.clear()
+    batch = batch.to(layer.output.dense.weight.dtype)
+    try:
+        expected = plainly(lambda: layer(batch)[0])
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error)[:20]):
+            layer(batch)
+        return
+    torch.testing.assert_close(layer(batch)[0], expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) < BRANCHES
+
+
+def test_parameters_that_do_not_learn(calls: list[str], plainly: Callable) -> None:
+    model = model_of("dropping").train()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 == 0)
+    close(step(model), plainly(lambda: step(model)))
+    assert calls
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    close(step(model), plainly(lambda: step(model)))
+
+
+def test_parameters_given_by_a_caller(calls: list[str], plainly: Callable) -> None:
+    model = model_of().eval()
+    parameters = {name: (p * 1.1).detach().requires_grad_() for name, p in model.named_parameters()}
+
+    def run() -> list[Tensor]:
+        logits = torch.func.functional_call(model, parameters, (PIXELS,)).logits
+        return list(torch.autograd.grad(logits.square().sum(), list(parameters.values())))
+
+    found = run()
+    assert len(calls) == 3 * BRANCHES
+    close(found, plainly(run))
+
+
+def test_graphs_transforms_and_counters_have_the_plain_layers(calls: list[str]) -> None:
+    model = model_of().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(PIXELS)
+    assert counter.get_total_flops() > 0 and not calls
+    with torch.autocast("cpu"):
+        model(PIXELS)
+    parameters = dict(model.named_parameters())
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (PIXELS,)).logits.sum())(parameters)
+    with torch.no_grad():
+        torch.func.vmap(lambda image: model(image[None]).logits)(PIXELS)
+        torch.export.export(model, (PIXELS,))
+    assert not calls
+
+
+def test_gradient_checkpoints(calls: list[str]) -> None:
+    model = model_of("dropping").train()
+    expected = step(model)
+    for reentrant in (False, True):
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": reentrant})
+        calls.clear()
+        found = step(model)
+        assert len(calls) > 3 * BRANCHES - 2
+        close(found, expected)
+
+
+def test_gradients_of_gradients(calls: list[str], plainly: Callable) -> None:
+    """As a penalty on the gradient of the pixels has them."""
+    model, pixels = model_of().train(), PIXELS.clone().requires_grad_()
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        loss = model(pixels, labels=LABELS).loss
+        (gradient,) = torch.autograd.grad(loss, pixels, create_graph=True)
+        gradient.square().sum().mul(100).backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]  # type: ignore[misc]
+
+    found = run()
+    assert calls
+    close(found, plainly(run))
+
+
+def test_copies_and_pickles(calls: list[str]) -> None:
+    model = model_of().eval()
+    expected = model(PIXELS).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        calls.clear()
+        assert torch.equal(other(PIXELS).logits, expected)
+        assert len(calls) == 3 * BRANCHES
+    with torch.no_grad():
+        first_layer(copied := copy.deepcopy(model)).output.dense.weight.mul_(2)
+    assert not torch.equal(copied(PIXELS).logits, expected)
+    assert torch.equal(model(PIXELS).logits, expected)
+
+
+def test_several_threads_train_copies_of_a_network() -> None:
+    expected = step(model_of("nat").train())
+    found: list[list[Tensor]] = []
+
+    models = [model_of("nat").train() for _ in range(3)]
+    threads = [threading.Thread(target=lambda m=m: found.append(step(m))) for m in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for other in found:
+        assert all(map(torch.equal, other, expected))

@@ -1,0 +1,393 @@
+"""Layers in one call of the native core: values and gradients against float64; who gets PyTorch's layers instead."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from nbhd import joined
+from nbhd.backends import cpu, cpu_linear
+from nbhd.backends.cpu_linear import Layer, Norm
+from nbhd.errors import BackendError
+from nbhd.joined import join, may_join
+
+pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
+
+
+@pytest.fixture(autouse=True)
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every machine gained by it."""
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: True)
+
+
+class Case:
+    """Random layers of some widths; without ``hidden`` up to three of the same input."""
+
+    def __init__(
+        self, rows: int, features: int, last: tuple[int, ...], hidden: int = 0, norm: bool = True, bias: bool = True,
+        residual: str = "none", factor: float = 1.0,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(rows + features)
+        self.features, self.hidden, self.norm, self.factor, self.residual = features, hidden, norm, factor, residual
+
+        def layer(out: int, width: int) -> list[Tensor | None]:
+            return [torch.randn(out, width) / width**0.5, torch.randn(out) if bias else None]
+
+        self.batch = torch.randn(rows, features) * 2 + 0.5
+        self.tensors: list[Tensor | None] = [self.batch, torch.randn(rows, last[0]) if residual == "other" else None]
+        self.tensors += [torch.randn(features), torch.randn(features)] if norm else [None, None]
+        self.tensors += layer(hidden, features) if hidden else [None, None]
+        for out in last:
+            self.tensors += layer(out, hidden or features)
+        self.d_outputs = [torch.randn(rows, out) for out in last]
+
+    def leaves(self, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+        return [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in self.tensors]
+
+    def joined(self, tensors: list[Any]) -> tuple[Tensor, ...]:
+        batch, residual, norm_weight, norm_bias, hidden_weight, hidden_bias, *last = tensors
+        options: dict[str, Any] = {"factor": self.factor}
+        if self.residual != "none":
+            options["residual"] = batch if self.residual == "input" else residual
+        outputs = join(
+            batch, [Layer(None, *pair) for pair in zip(last[::2], last[1::2], strict=True)],
+            hidden=Layer(None, hidden_weight, hidden_bias) if self.hidden else None,
+            norm=Norm(norm_weight, norm_bias, 1e-5) if self.norm else None, **options,
+        )  # fmt: skip
+        assert outputs is not None
+        return outputs
+
+    def by_pytorch(self, tensors: list[Any]) -> list[Tensor]:
+        batch, residual, norm_weight, norm_bias, hidden_weight, hidden_bias, *last = tensors
+        x = functional.layer_norm(batch, (self.features,), norm_weight, norm_bias, 1e-5) if self.norm else batch
+        if self.hidden:
+            x = functional.gelu(functional.linear(x, hidden_weight, hidden_bias))
+        outputs = [self.factor * functional.linear(x, *pair) for pair in zip(last[::2], last[1::2], strict=True)]
+        added = {"none": None, "input": batch, "other": residual}[self.residual]
+        return outputs if added is None else [output + added for output in outputs]
+
+    def results(self, run: Callable, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Outputs and gradients."""
+        leaves = self.leaves(dtype)
+        outputs = list(run(leaves))
+        present = [t for t in leaves if t is not None]
+        found = torch.autograd.grad(outputs, present, [d.to(dtype) for d in self.d_outputs])
+        return [*(output.detach() for output in outputs), *found]
+
+
+CASES = {
+    "mlp of NAT": Case(1568, 64, (64,), hidden=192, residual="input"),
+    "mlp that is dropped at times": Case(392, 128, (128,), hidden=384, residual="input", factor=1.25),
+    "query, key and value": Case(784, 64, (64, 64, 64)),
+    "projection": Case(500, 96, (96,), norm=False, residual="other", factor=1.5),
+    "without biases": Case(300, 40, (40, 40, 40), bias=False),
+    "no multiple of anything": Case(131, 77, (35,), hidden=301),
+    "many rows": Case(20_000, 20, (50,), hidden=36),
+    "wide rows": Case(40, 1024, (1024,), norm=False),
+    "no norm": Case(64, 48, (33,), hidden=65, norm=False),
+}
+
+
+def compare(ours: list[Tensor], case: Case, times: float = 2) -> None:
+    """Root mean square errors at most twice PyTorch's in the same dtype, or so small that they say nothing."""
+    truth, theirs = case.results(case.by_pytorch, torch.float64), case.results(case.by_pytorch)
+    for i, (found, exact, other) in enumerate(zip(ours, truth, theirs, strict=True)):
+        size = exact.square().mean().sqrt()
+        error, expected = ((x.double() - exact).square().mean().sqrt() / size for x in (found, other))
+        assert error <= max(times * expected, 2e-7), (i, float(error), float(expected))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_exact_as_pytorch_and_the_same_bits_with_any_threads(name: str) -> None:
+    case, before, found = CASES[name], torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(case.results(case.joined))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    compare(found[0], case)
+    with torch.no_grad():  # nothing is kept, and the values are the same
+        leaves = case.leaves()
+        assert all(map(torch.equal, case.joined(leaves), found[0]))
+
+
+@pytest.mark.parametrize("name", ["mlp that is dropped at times", "query, key and value", "projection"])
+def test_each_gradient_alone(name: str) -> None:
+    case = CASES[name]
+    full = case.results(case.joined)[len(case.d_outputs) :]
+    numbers = [i for i, t in enumerate(case.tensors) if t is not None]
+    for i, expected in zip(numbers, full, strict=True):
+        leaves = [None if t is None else t.clone().requires_grad_(i == j) for j, t in enumerate(case.tensors)]
+        outputs = case.joined(leaves)
+        torch.autograd.backward(outputs, case.d_outputs)
+        assert torch.equal(leaves[i].grad, expected)  # type: ignore[union-attr, arg-type]
+        assert all(t is None or t.grad is None for j, t in enumerate(leaves) if j != i)
+
+
+def test_outputs_that_nobody_uses() -> None:
+    case = CASES["query, key and value"]
+    for used in ((0,), (1, 2)):
+        leaves, others = case.leaves(), case.leaves(torch.float64)
+        sum(case.joined(leaves)[i].square().sum() for i in used).backward()  # type: ignore[union-attr]
+        sum(case.by_pytorch(others)[i].square().sum() for i in used).backward()  # type: ignore[union-attr]
+        for a, b in zip(leaves, others, strict=True):
+            if a is not None and b is not None:
+                expected = torch.zeros_like(a) if b.grad is None else b.grad.float()
+                torch.testing.assert_close(a.grad, expected, rtol=1e-4, atol=1e-3)
+
+
+def gradients_of(case: Case, d_outputs: list[Tensor]) -> list[Tensor]:
+    leaves = case.leaves()
+    return list(torch.autograd.grad(case.joined(leaves), [t for t in leaves if t is not None], d_outputs))
+
+
+def test_gradients_laid_out_in_any_way() -> None:
+    case = CASES["query, key and value"]
+    expected = gradients_of(case, case.d_outputs)
+    turned = [d.t().contiguous().t() for d in case.d_outputs]
+    negative = [torch.complex(d, -d).conj().imag for d in case.d_outputs]
+    assert negative[0].is_neg()
+    for d_outputs in (turned, negative):
+        assert all(map(torch.equal, gradients_of(case, d_outputs), expected))
+    ones = [d.new_ones(()).expand_as(d) for d in case.d_outputs]
+    assert all(map(torch.equal, gradients_of(case, ones), gradients_of(case, [d.contiguous() for d in ones])))
+
+
+@pytest.mark.parametrize("name", ["no norm", "no multiple of anything", "without biases", "projection"])
+def test_second_derivatives(name: str) -> None:
+    case = CASES[name]
+    found = []
+    for run, dtype in ((case.joined, torch.float32), (case.by_pytorch, torch.float64)):
+        leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in case.tensors]
+        present = [t for t in leaves if t is not None]
+        loss = sum(output.square().mean() for output in run(leaves))
+        first = torch.autograd.grad(loss, present, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), present))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
+
+
+def test_batches_of_gradients() -> None:
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    case = CASES["no norm"]
+    leaves = case.leaves()
+    output = case.joined(leaves)[0]
+    d_outputs = torch.randn(3, *output.shape)
+    present = [t for t in leaves if t is not None]
+    together = torch.autograd.grad(output, present, d_outputs, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        alone = torch.autograd.grad(output, present, d_outputs[i], retain_graph=True)
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a, b[i], rtol=1e-4, atol=1e-4)
+
+
+def through_a_file(tensor: Tensor) -> Any:
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    return file
+
+
+def from_a_file(file: Any) -> Tensor:
+    file.seek(0)
+    return torch.load(file)
+
+
+def laid_out_otherwise(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0).expand(2, *tensor.shape).contiguous().movedim(0, -1)
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"), [(through_a_file, from_a_file), (laid_out_otherwise, lambda t: t[..., 1])],
+    ids=["files", "strides"],
+)  # fmt: skip
+def test_what_autograd_keeps_may_be_kept_elsewhere(pack: Callable, unpack: Callable) -> None:
+    case = CASES["mlp that is dropped at times"]
+    expected = case.results(case.joined)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        found = case.results(case.joined)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], Tensor.bfloat16], ids=["shape", "dtype"])
+def test_what_autograd_keeps_may_not_come_back_as_something_else(change: Callable) -> None:
+    case = CASES["mlp that is dropped at times"]
+    kept: list[Tensor] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return change(tensor) if tensor.shape == (392, 384) else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        outputs = case.joined(case.leaves())
+    with pytest.raises(BackendError, match="the sums of a hidden layer must be"):
+        torch.autograd.backward(outputs, case.d_outputs)
+    assert any(t.shape == (392, 384) for t in kept)
+
+
+def test_a_weight_that_changes_before_the_backward_is_noticed() -> None:
+    case = CASES["projection"]
+    leaves = case.leaves()
+    outputs = case.joined(leaves)
+    with torch.no_grad():
+        leaves[6].mul_(2)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(outputs, case.d_outputs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant: bool) -> None:
+    case = CASES["mlp of NAT"]
+    expected = case.results(case.joined)
+    leaves = case.leaves()
+    output = checkpoint(lambda *t: case.joined(list(t))[0], *leaves, use_reentrant=reentrant)
+    output.backward(case.d_outputs[0])
+    found = [output, *(t.grad for t in leaves if t is not None)]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_tensors_at_odd_bytes() -> None:
+    """As they lie in memory-mapped files."""
+    case = CASES["no norm"]
+    expected = case.results(case.joined)
+    for i, tensor in enumerate(case.tensors):
+        if tensor is None:
+            continue
+        odd = torch.frombuffer(bytearray(b"x" + tensor.numpy().tobytes()), dtype=torch.float32, offset=1)
+        assert odd.data_ptr() % 4
+        leaves = case.leaves()
+        leaves[i] = odd.view(tensor.shape).requires_grad_()
+        outputs = case.joined(leaves)
+        found = torch.autograd.grad(outputs, [t for t in leaves if t is not None], case.d_outputs)
+        for a, b in zip((*outputs, *found), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_that_are_none() -> None:
+    case = CASES["mlp of NAT"]
+    leaves = case.leaves()
+    with torch.no_grad():
+        leaves[0][7, 3] = float("nan")  # type: ignore[index]
+        leaves[0][9, 3] = float("inf")  # type: ignore[index]
+    output = case.joined(leaves)[0]
+    assert output.isnan().any(-1).nonzero().flatten().tolist() == [7, 9]
+    d_batch = torch.autograd.grad(output, leaves[0], torch.ones_like(output))[0]  # type: ignore[arg-type]
+    assert d_batch.isnan().any(-1).nonzero().flatten().tolist() == [7, 9]
+
+
+class Labelled(Tensor):
+    pass
+
+
+def plain(rows: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(rows, 8, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "input",
+    [
+        plain(joined.FEWEST_ROWS - 1), plain(0), torch.zeros(64, 0), plain(dtype=torch.float64),
+        plain(dtype=torch.bfloat16), torch.zeros(8, 64).t(), plain().to("meta"), plain().as_subclass(Labelled),
+        TwoTensor(plain(), plain()), torch.complex(plain(), plain()).conj().imag,
+    ],
+    ids=lambda t: f"{type(t).__name__}-{t.device.type}-{tuple(t.shape)}-{t.dtype}",
+)  # fmt: skip
+def test_inputs_that_are_left_to_pytorch(input: Tensor) -> None:
+    assert may_join(plain())
+    assert not may_join(input)
+
+
+def test_situations_that_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    batch = plain()
+    for context in (torch.autocast("cpu"), FlopCounterMode(display=False), Watching()):
+        with context:  # type: ignore[attr-defined]
+            assert not may_join(batch)
+    with torch.device("cpu"), torch.inference_mode():  # says nothing but where new tensors go
+        assert may_join(batch)
+    seen: list[bool] = []
+    torch.func.vmap(lambda t: (seen.append(may_join(t)), t)[1])(batch)
+    torch.func.grad(lambda t: (seen.append(may_join(t)), t.sum())[1])(batch)
+    torch.jit.trace(lambda t: (seen.append(may_join(t)), t + 1)[1], batch, check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(may_join(batch))
+    assert seen and not any(seen)
+    assert not torch.compile(lambda t: t + may_join(t), backend="eager", fullgraph=True)(batch).any()
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
+    assert not may_join(batch)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.double(), lambda t: t.as_subclass(Labelled), lambda t: t.t().contiguous().t(),
+        lambda t: t[:, :-1].contiguous(), lambda t: t.to("meta"), lambda t: t[0], lambda t: t[:0],
+    ],
+    ids=["dtype", "class", "strides", "shape", "device", "axes", "none"],
+)  # fmt: skip
+@pytest.mark.parametrize("which", [4, 6])
+def test_weights_that_are_left_to_pytorch(change: Callable, which: int) -> None:
+    case = CASES["no multiple of anything"]
+    tensors: list[Any] = list(case.tensors)
+    tensors[which] = change(tensors[which])
+    hidden, last = Layer(None, *tensors[4:6]), Layer(None, *tensors[6:8])
+    assert join(tensors[0], [last], hidden=hidden) is None
+    assert join(tensors[0], [last, last], norm=Norm(tensors[3], tensors[6], 1e-5)) is None
+
+
+def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    real = joined.joined_layers_are_faster.__wrapped__
+    for maker, capability, isa, expected in (
+        ("GenuineIntel", "AVX512", "avx512", True), ("GenuineIntel", "AVX512", "avx2", False),
+        ("GenuineIntel", "AVX2", "avx512", False), ("AuthenticAMD", "AVX512", "avx512bf16", False),
+        (None, "AVX512", "avx512", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(joined, "maker", lambda maker=maker: maker)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(cpu.loaded_library(), "isa", isa)
+        assert real() is expected
+    monkeypatch.setattr(cpu, "why_unusable", lambda: "there is none")
+    assert not real()
+
+
+def test_less_is_kept_for_the_backward() -> None:
+    """The input and what GELU is taken of; PyTorch's layers keep the norm's output and GELU's too."""
+    case = CASES["mlp of NAT"]
+    kept = []
+    for run in (case.joined, case.by_pytorch):
+        numbers = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal numbers
+            numbers += tensor.numel() if not isinstance(tensor, nn.Parameter) and len(tensor) == 1568 else 0
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            run(case.leaves())
+        kept.append(numbers)
+    assert kept[0] == 1568 * (64 + 192 + 2)
+    assert kept[1] >= 1568 * (64 + 64 + 192 + 192)
+
+
+def test_calls_that_the_core_refuses() -> None:
+    """Which would be a mistake of ours, and not one to be silent about."""
+    case = CASES["query, key and value"]
+    last = [Layer(None, *pair) for pair in zip(case.tensors[6::2], case.tensors[7::2], strict=True)]  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="refused"):
+        cpu_linear.run(case.batch, last, None, None, None, case.batch, keeps=False)
