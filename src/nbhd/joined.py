@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from nbhd._modes import has_function_mode, is_transformed, makes_a_graph
 from nbhd._processor import maker
 from nbhd.backends import cpu, cpu_linear
 from nbhd.backends.cpu_linear import Gradients, Layer, Norm, is_dense
+from nbhd.errors import BackendError
 
 #: Fewer rows than this are over before packing the weights has paid.
 FEWEST_ROWS = 32
@@ -42,6 +43,19 @@ def joined_layers_are_faster() -> bool:
     )
 
 
+#: As they were when this was imported: who has put something else in their place wants to see what they are given.
+_FUNCTIONS = {name: getattr(functional, name) for name in ("linear", "layer_norm", "gelu")}
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees PyTorch's operators or functions run."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or has_function_mode()
+        or any(getattr(functional, name) is not function for name, function in _FUNCTIONS.items())
+    )
+
+
 def may_join(input: Tensor) -> bool:
     """Whether `join` may be called with ``input`` here, and is faster.
 
@@ -52,8 +66,7 @@ def may_join(input: Tensor) -> bool:
         not makes_a_graph()  # the first of all: a compiler would warn of the cache behind joined_layers_are_faster
         and joined_layers_are_faster()
         and not is_transformed()  # its tensors have no memory to ask for
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not has_function_mode()
+        and not _is_watched()
         and not torch.is_autocast_enabled("cpu")
         and is_dense(input, input.shape)
         and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0
@@ -77,7 +90,7 @@ def join(
 
     Returns:
         ``[..., out]`` of each last layer; None where PyTorch's layers are to be taken: parameters of other kinds or
-        shapes.
+        shapes, or some that learn and some that do not, for whose gradients less has to be kept.
     """
     call = _Call(norm.epsilon if norm else None, hidden is not None, factor, residual is input)
     if call.adds_input:
@@ -88,10 +101,13 @@ def join(
     )  # fmt: skip
     if not call.fits(input, residual, parameters):
         return None
-    learns = any(tensor is not None and tensor.requires_grad for tensor in (input, residual, *parameters))
-    if learns and torch.is_grad_enabled():
-        outputs: tuple[Tensor, ...] = _Join.apply(call, input, residual, *parameters)
-        return outputs
+    if torch.is_grad_enabled():
+        learn = [parameter.requires_grad for parameter in parameters if parameter is not None]
+        if any(learn) or input.requires_grad or (residual is not None and residual.requires_grad):
+            if not all(learn):
+                return None
+            outputs: tuple[Tensor, ...] = _Join.apply(call, input, residual, *parameters)
+            return outputs
     made = call.run(input, residual, parameters, keeps=False)
     return None if made is None else made.outputs
 
@@ -135,14 +151,17 @@ class _Call:
         scale = None if self.factor == 1 else batch.new_full((_rows(last[0].weight),), self.factor)
         return cpu_linear.run(batch, last, hidden, norm, scale, batch if self.adds_input else residual, keeps)
 
-    def by_pytorch(self, batch: Tensor, parameters: _Tensors) -> list[Tensor]:
-        """The outputs by PyTorch's operators, but for a residual that is not the input."""
+    def by_pytorch(self, batch: Tensor, parameters: _Tensors, sums: Tensor | None) -> list[Tensor]:
+        """The outputs by PyTorch's operators, but for a residual that is not the input; GELU is taken of ``sums``."""
         norm, hidden, last = self.layers(parameters)
         x = batch
         if norm is not None:
             x = functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
         if hidden is not None:
-            x = functional.gelu(functional.linear(x, hidden.weight, hidden.bias))
+            x = functional.linear(x, hidden.weight, hidden.bias)
+            if sums is not None:  # as they were, whatever the bias is by now
+                x = x + (sums.view(x.shape) - x.detach())
+            x = functional.gelu(x)
         outputs = [functional.linear(x, layer.weight, layer.bias) for layer in last]
         if self.factor != 1:
             outputs = [output * self.factor for output in outputs]
@@ -158,9 +177,13 @@ class _Join(torch.autograd.Function):
         if made is None:  # something lies at odd bytes of a file
             copies = [None if tensor is None else tensor.clone() for tensor in (batch, residual, *parameters)]
             made = call.run(cast(Tensor, copies[0]), copies[1], copies[2:], keeps=True)
-        assert made is not None
-        ctx.call = call
-        ctx.save_for_backward(batch, made.moments, made.sums, *parameters)
+        if made is None:
+            raise BackendError(f"the native core does not take layers of an input of {list(batch.shape)}.")
+        norm_weight, norm_bias, hidden_weight, hidden_bias, *last = parameters
+        ctx.save_for_backward(batch, made.moments, made.sums, norm_weight, norm_bias, hidden_weight, *last[::2])
+        ctx.call, ctx.shape = call, batch.shape
+        # Their values are not needed, and may change before the backward, as they may with PyTorch's layers.
+        ctx.biases = hidden_bias, *last[1::2]
         ctx.set_materialize_grads(False)
         return made.outputs
 
@@ -169,29 +192,48 @@ class _Join(torch.autograd.Function):
         _, wants_batch, wants_residual, *wants = ctx.needs_input_grad
         if all(gradient is None for gradient in d_outputs):
             return (None,) * len(ctx.needs_input_grad)
-        batch, *kept = ctx.saved_tensors
+        batch, moments, sums, norm_weight, norm_bias, hidden_weight, *weights = ctx.saved_tensors
+        hidden_bias, *biases = ctx.biases
+        last = (tensor for pair in zip(weights, biases, strict=True) for tensor in pair)
+        kept = _Kept(batch, moments, sums, (norm_weight, norm_bias, hidden_weight, hidden_bias, *last))
+        kept.expect(ctx.call, ctx.shape)
         found = None
         # Where grad is enabled the gradient itself is to be differentiated, which PyTorch's operators know how to.
-        if not torch.is_grad_enabled() and not is_transformed() and not any(map(is_special, d_outputs)):
-            found = _backward(ctx.call, batch, kept, d_outputs, (wants_batch, *wants))
+        is_plain = not (torch.is_grad_enabled() or is_transformed() or _is_watched() or any(map(is_special, d_outputs)))
+        if is_plain:
+            found = _backward(ctx.call, kept, d_outputs, (wants_batch, *wants))
         if found is None:
-            found = _backward_by_pytorch(ctx.call, batch, kept[2:], d_outputs, (wants_batch, *wants))
+            found = _backward_by_pytorch(ctx.call, kept, d_outputs, (wants_batch, *wants))
         return None, found[0], d_outputs[0] if wants_residual else None, *found[1:]
 
 
-def _backward(
-    call: _Call, batch: Tensor, kept: _Tensors, d_outputs: _Tensors, wants: Sequence[bool]
-) -> list[Tensor | None] | None:
+class _Kept(NamedTuple):
+    """What autograd kept."""
+
+    batch: Tensor
+    moments: Tensor | None
+    sums: Tensor | None
+    parameters: tuple[Tensor | None, ...]
+
+    def expect(self, call: _Call, shape: Sequence[int]) -> None:
+        expect_kept("the input", self.batch, shape, torch.float32)
+        rows = self.batch.numel() // shape[-1]
+        expect_kept("the moments of a norm", self.moments, (rows, 2), torch.float32)
+        expect_kept("the sums of a hidden layer", self.sums, (rows, _rows(self.parameters[2])), torch.float32)
+
+
+def _backward(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None] | None:
     """Gradients of input and parameters that are wanted; None if the core does not take what it is given."""
     # hooks may have kept copies, laid out otherwise
-    batch = batch.contiguous()
-    moments, sums, *parameters = (None if tensor is None else tensor.contiguous() for tensor in kept)
+    batch = kept.batch.contiguous()
+    moments, sums, *parameters = (
+        None if tensor is None else tensor.contiguous() for tensor in (kept.moments, kept.sums, *kept.parameters)
+    )
+    if not all(tensor is None or is_dense(tensor, tensor.shape) for tensor in (batch, moments, sums)):
+        return None
     if not call.fits(batch, None, parameters):
         return None
     norm, hidden, last = call.layers(parameters)
-    rows = batch.numel() // batch.shape[-1]
-    expect_kept("the moments of a norm", moments, (rows, 2), torch.float32)
-    expect_kept("the sums of a hidden layer", sums, (rows, _rows(parameters[2])), torch.float32)
     shapes = [(*batch.shape[:-1], _rows(layer.weight)) for layer in last]
     gradients = [
         batch.new_zeros(shape) if gradient is None else gradient.resolve_neg().contiguous()
@@ -211,9 +253,7 @@ def _backward(
     return found if done else None
 
 
-def _backward_by_pytorch(
-    call: _Call, batch: Tensor, parameters: _Tensors, d_outputs: _Tensors, wants: Sequence[bool]
-) -> list[Tensor | None]:
+def _backward_by_pytorch(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None]:
     """The same by PyTorch's operators, which can be differentiated again if grad is enabled."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -222,14 +262,12 @@ def _backward_by_pytorch(
             tensor if tensor is None or not wanted
             else tensor.view_as(tensor) if tensor.requires_grad
             else tensor.detach().requires_grad_()
-            for tensor, wanted in zip((batch, *parameters), wants, strict=True)
+            for tensor, wanted in zip((kept.batch, *kept.parameters), wants, strict=True)
         ]  # fmt: skip
-        outputs = call.by_pytorch(cast(Tensor, tensors[0]), tensors[1:])
+        outputs = call.by_pytorch(cast(Tensor, tensors[0]), tensors[1:], kept.sums)
         pairs = [(o, g) for o, g in zip(outputs, d_outputs, strict=True) if g is not None]
         results, given = zip(*pairs, strict=True)
         present = [t for t, wanted in zip(tensors, wants, strict=True) if wanted and t is not None]
-        if not present:
-            return [None] * len(tensors)
         found = iter(
             torch.autograd.grad(
                 results, present, given, create_graph=differentiable, allow_unused=True, materialize_grads=True

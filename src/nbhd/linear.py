@@ -92,11 +92,11 @@ def joins(layer: nn.Module, activation: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling ``module`` is calling its class's ``forward``: no hooks, no other ``forward`` in its place."""
+    """Whether calling ``module`` is calling its class's ``forward``: no hooks, no other one in its place."""
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return "forward" not in module.__dict__ and not any(hooks)
+    return "forward" not in module.__dict__ and module._compiled_call_impl is None and not any(hooks)
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,57 +6,51 @@ same: that they are of the classes it knows, and that nobody has put hooks, adap
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from nbhd.linear import is_plain
 
-T = TypeVar("T")
+#: For each name of a part, the classes that it may have.
+Kinds = Mapping[str, tuple[type[nn.Module], ...]]
 
 
-class OwnParts(Generic[T]):
-    """What to compute a module with while its parts are its own. No part of copies and pickles of the module.
+class OwnParts:
+    """Tells whether a module has its own parts, for less than looking at them closely each time.
+
+    It keeps neither the module nor its parts alive.
 
     Args:
-        kinds: for each name of a part, the classes that it may have; all parts have to be there.
-        make: what to compute the module with, made of one that has its own parts.
-        also: what else has to be true of the module, asked at each call.
+        kinds: all parts have to be there.
     """
 
-    def __init__(
-        self, kinds: Mapping[str, tuple[type[nn.Module], ...]], make: Callable[[Any], T],
-        also: Callable[[Any], bool],
-    ) -> None:  # fmt: skip
-        self._given = kinds, make, also
-        self._seen: _Seen[T] | None = None  # threads replace it as a whole
+    def __init__(self, kinds: Kinds) -> None:
+        self._kinds = kinds
+        self._forwards = {kind: kind.forward for some in kinds.values() for kind in some}
+        self._seen: _Seen | None = None  # threads replace it as a whole
 
-    def found(self, module: nn.Module) -> T | None:
-        """What to compute ``module`` with, if it has its own parts and nobody's hooks.
+    def seen(self, module: nn.Module) -> object | None:
+        """None if ``module`` has not its own parts, or there are hooks for all modules; the same object while it has.
 
         They are looked at closely the first time, and again when they are others. The module's own hooks do not matter:
         they are run by whoever calls it.
         """
-        kinds, make, also = self._given
         if nn.modules.module._has_any_global_hook():
+            return None
+        if any(kind.forward is not forward for kind, forward in self._forwards.items()):
             return None
         seen = self._seen
         if seen is None or not seen.is_of(module):
             self._seen = None
-            if not has_own_parts(module, kinds):
+            if not has_own_parts(module, self._kinds):
                 return None
-            seen = self._seen = _Seen(module, make(module))
-        return seen.made if also(module) else None
-
-    def __deepcopy__(self, memo: dict[int, object]) -> OwnParts[T]:
-        return OwnParts(*self._given)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OwnParts, self._given
+            seen = self._seen = _Seen(module)
+        return seen
 
 
-def has_own_parts(module: nn.Module, kinds: Mapping[str, tuple[type[nn.Module], ...]]) -> bool:
+def has_own_parts(module: nn.Module, kinds: Kinds) -> bool:
     """Whether the parts of ``module`` are those, of these classes exactly, without hooks."""
     parts = dict(module.named_modules(remove_duplicate=False))
     del parts[""]
@@ -65,29 +59,43 @@ def has_own_parts(module: nn.Module, kinds: Mapping[str, tuple[type[nn.Module], 
     )
 
 
-class _Seen(Generic[T]):
+class _Seen:
     """A module that was found to have its own parts."""
 
-    def __init__(self, module: nn.Module, made: T) -> None:
-        self.made = made
-        self._module = module
-        self._children = tuple(module._modules.values())
-        parts = list(module.modules())[1:]
-        self._parts = [(part, type(part), part.__dict__, tuple(part._modules.values())) for part in parts]
+    def __init__(self, module: nn.Module) -> None:
+        parts = list(module.modules())
+        self._parts = [(weakref.ref(p), type(p), tuple(map(_reference, p._modules.values()))) for p in parts]
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether it is this module, and has no other parts, hooks or functions now."""
-        if module is not self._module or tuple(module._modules.values()) != self._children:
-            return False
-        for part, kind, attributes, children in self._parts:
-            if (
+        is_part = False  # but the module itself, the first
+        for of_part, kind, of_children in self._parts:
+            part = of_part()
+            if part is None or not (is_part or part is module):
+                return False
+            attributes = part.__dict__
+            children = attributes["_modules"]
+            if len(children) != len(of_children):
+                return False
+            if not all(child is known() for child, known in zip(children.values(), of_children, strict=True)):
+                return False
+            if is_part and (
                 type(part) is not kind
                 or attributes["_forward_hooks"]
                 or attributes["_forward_pre_hooks"]
                 or attributes["_backward_hooks"]
                 or attributes["_backward_pre_hooks"]
                 or "forward" in attributes
-                or tuple(attributes["_modules"].values()) != children
+                or part._compiled_call_impl is not None
             ):
                 return False
+            is_part = True
         return True
+
+
+def _reference(module: nn.Module | None) -> Callable[[], nn.Module | None]:
+    return _nothing if module is None else weakref.ref(module)
+
+
+def _nothing() -> None:
+    return None

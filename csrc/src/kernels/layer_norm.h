@@ -22,23 +22,30 @@ struct Moments {
     float mean, factor;
 };
 
+// `x` less `of` in the first n lanes, zero in the others.
+NBHD_INLINE Vec deviation(const float *x, int64_t n, Vec of) {
+    const Vec d = load_some(x, n) - of;
+    return n >= lanes ? d : lane_numbers() < Int(n) ? d : Vec{};
+}
+
 NBHD_INLINE Moments moments_of(const float *x, int64_t n, float epsilon) {
-    const Vec over_n = splat(1 / float(n));
+    // The sum is of deviations from one of the numbers: of numbers far from zero it is as exact as of those around it, and of
+    // equal ones it is nothing.
+    const Vec over_n = splat(1 / float(n)), first = broadcast(x);
     Vec sum[2] = {};
     for (int64_t i = 0; i < n; i += 2 * lanes)
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) sum[v] += load_some(x + i + v * lanes, n - i - v * lanes);
-    const Vec mean = total(sum[0] + sum[1]) * over_n;
+        for (int v = 0; v < 2; v++)
+            if (const int64_t left = n - i - v * lanes; left > 0) sum[v] += deviation(x + i + v * lanes, left, first);
+    const Vec mean = first + total(sum[0] + sum[1]) * over_n;
     sum[0] = sum[1] = Vec{};
     for (int64_t i = 0; i < n; i += 2 * lanes)
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) {
-            const int64_t left = n - i - v * lanes;
-            if (left <= 0) continue;
-            Vec d = load_some(x + i + v * lanes, left) - mean;
-            if (left < lanes) d = lane_numbers() < Int(left) ? d : Vec{};
-            sum[v] = fma(d, d, sum[v]);
-        }
+        for (int v = 0; v < 2; v++)
+            if (const int64_t left = n - i - v * lanes; left > 0) {
+                const Vec d = deviation(x + i + v * lanes, left, mean);
+                sum[v] = fma(d, d, sum[v]);
+            }
     const float variance = total(sum[0] + sum[1])[0] * over_n[0];
     return {mean[0], 1 / __builtin_sqrtf(variance + epsilon)};
 }

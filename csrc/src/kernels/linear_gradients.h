@@ -29,10 +29,12 @@ struct GradientJob {
     WeightJob weights;
     bool failed;
 
-    int64_t widest() const {
+    // What a block's rows of outputs need where they have to be moved apart.
+    int64_t widest_that_lies_badly() const {
         int64_t n = 0;
-        for (int p = 0; p < g->n_last; p++) n = g->last[p].out > n ? g->last[p].out : n;
-        return n;
+        for (int p = 0; p < g->n_last; p++)
+            if (g->last[p].out % alias == 0 && g->last[p].out > n) n = g->last[p].out;
+        return n ? padded(n) : 0;
     }
 };
 
@@ -61,7 +63,7 @@ struct BlockRoom {
     float *memory;
 
     BlockRoom(const GradientJob &job)
-        : d_output(job.blocks.rows * padded(job.widest())), d_normalised(job.blocks.rows * padded(job.g->in)),
+        : d_output(job.blocks.rows * job.widest_that_lies_badly()), d_normalised(job.blocks.rows * padded(job.g->in)),
           d_hidden(job.d_hidden ? 0 : job.blocks.rows * job.hidden_stride) {}
     int64_t size() const { return d_output + d_normalised + d_hidden; }
 };
@@ -123,7 +125,12 @@ static void slice_gradients(const GradientJob &job, int64_t slice, const BlockRo
     const LinearGradients &g = *job.g;
     const int64_t begin = slice * job.slice_blocks,
                   end = begin + job.slice_blocks < job.blocks.count ? begin + job.slice_blocks : job.blocks.count;
+    Share shares[most_products] = {};
+    for (int i = 0; i < job.weights.n; i++)
+        shares[i] = {slice, 0, job.weights.plans[i].n_strips, 0, job.weights.plans[i].panels};
     for (int64_t block = begin; block < end; block++) {
+        float *lost = room.memory + room.size();
+        float *const of_weights = lost + shares[0].sums_room() + (job.weights.n > 1 ? shares[1].sums_room() : 0);
         if (job.wants_input || g.hidden.out) block_gradients(job, block, 0, room);
         const int64_t row = block * job.blocks.rows;
         for (int i = 0; i < job.weights.n; i++) {
@@ -133,8 +140,9 @@ static void slice_gradients(const GradientJob &job, int64_t slice, const BlockRo
             for (int l = 0; l < p.layers; l++)
                 d[l] = p.d[l].data ? p.d[l].from(row)
                                    : Rows{room.memory + room.d_output + room.d_normalised, job.hidden_stride};
-            const Share share{slice, 0, plan.n_strips, 0, plan.panels};
-            add_rows(plan, share, d, row, job.blocks.rows_of(block, g.rows), block > begin, room.memory + room.size());
+            add_rows(plan, shares[i], d, row, job.blocks.rows_of(block, g.rows), block > begin, job.blocks.rows,
+                     of_weights, lost);
+            lost += shares[i].sums_room();
         }
     }
 }
@@ -146,13 +154,13 @@ static void gradient_task(int64_t i, void *context) {
         return norm_gradient(job, block,
                              {job.d_normalised + block * job.blocks.rows * padded(job.g->in), padded(job.g->in)});
     BlockRoom room(job);
-    int64_t size = room.size(), of_weights = 0;
-    if (job.stage == GradientStage::slice)
-        for (int p = 0; p < job.weights.n; p++) {
-            const int64_t n = Share{0, 0, job.weights.plans[p].n_strips, 0, 0}.strips_room() + Share::panel_room;
-            of_weights = n > of_weights ? n : of_weights;
-        }
-    room.memory = (float *)thread_scratch((size + of_weights) * int64_t(sizeof(float)));
+    int64_t of_weights = 0, of_sums = 0;
+    for (int p = 0; p < job.weights.n; p++) {
+        const Share share{0, 0, job.weights.plans[p].n_strips, 0, 0};
+        of_weights = share.room(job.blocks.rows) > of_weights ? share.room(job.blocks.rows) : of_weights;
+        of_sums += share.sums_room();
+    }
+    room.memory = (float *)thread_scratch((room.size() + of_weights + of_sums) * int64_t(sizeof(float)));
     if (!room.memory) __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
     else if (job.stage == GradientStage::slice) slice_gradients(job, i, room);
     else block_gradients(job, block, group, room);
@@ -225,8 +233,8 @@ static int weight_products(const GradientJob &job, WeightProduct *products) {
 
 static bool linear_gradients(const LinearGradients &g, const Threads &threads) {
     GradientJob job{};
-    job.g = &g, job.blocks = {g.rows, g.in};
     const bool has_hidden = g.hidden.out > 0;
+    job.g = &g, job.blocks = {g.rows, g.hidden.out > g.in ? g.hidden.out : g.in};
     job.wants_input = g.d_input || (g.norm.is_there && (g.d_norm_weight || g.d_norm_bias));
     job.hidden_stride = has_hidden ? padded(g.hidden.out) : 0;
     int64_t weights = 0;

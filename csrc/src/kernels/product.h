@@ -139,7 +139,12 @@ static void finish(const Finish &f, const float *sums, int64_t sums_stride, int6
             for (int v = 0; v < tile_vectors; v++) slope[v] = load_some(at + v * lanes, columns - v * lanes);
             gelu_slope(slope);
 #pragma GCC unroll 2
-            for (int v = 0; v < tile_vectors; v++) x[v] *= slope[v];
+            for (int v = 0; v < tile_vectors; v++) {
+                // What the slope makes next to nothing is nothing: numbers below a float's smallest normal ones would take hundreds of
+                // cycles in every product.
+                x[v] *= slope[v];
+                x[v] = (Vec)((Index)x[v] & 0x7fffffff) < splat(Real(0x1p-100)) ? Vec{} : x[v];
+            }
         }
 #pragma GCC unroll 2
         for (int v = 0; v < tile_vectors; v++) {
@@ -171,7 +176,7 @@ NBHD_INLINE void ask_for(Rows a, int64_t column, int64_t rows) {
 }
 
 static void multiply(const Product &p, const Finish &f) {
-    alignas(64) float edge[most_tile_rows * tile_columns]; // a tile that goes beyond the last output
+    alignas(64) float edge[most_tile_rows * tile_columns] = {}; // a tile that goes beyond the last output
     // a panel's share of each input and each tile; those of several tiles' width lie in the same lines
     const int64_t ahead_step = panel_columns * int64_t(sizeof(float)) / tiles(p.rows) + 1;
     for (int64_t k = 0; k < p.n; k += depth) {

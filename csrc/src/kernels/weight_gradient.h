@@ -79,31 +79,48 @@ static GradientTile gradient_tile_of(int64_t rows, Sequence<i...>) {
     return tiles[rows - 1];
 }
 
-// d[rows][columns] times `factor`, to [row][columns] without gaps. `to` has room for a vector more. Unless `sums` is null, the sums of
-// the columns are stored there, or added.
-static void pack_strip(Rows d, int64_t rows, int64_t columns, float factor, float *to, float *sums, bool adds) {
-    constexpr int chains = 4; // of sums: short ones are more exact, and do not wait for each other
+// Sums of columns over more rows than are copied at a time, and what rounding has left out of them (Kahan).
+struct ColumnSums {
+    float *sums, *lost; // or null: nobody wants them; lost has whole vectors
+    bool adds;          // there are some already
+
+    void add(int64_t column, int64_t left, Vec x) const {
+        if (adds) {
+            const Vec before = load_some(sums + column, left), y = x - load(lost + column), after = before + y;
+            store(lost + column, (after - before) - y), store_some(sums + column, after, left);
+        } else {
+            store(lost + column, Vec{}), store_some(sums + column, x, left);
+        }
+    }
+};
+
+// d[rows][columns] times `factor`, to [row][columns] without gaps. `to` has room for a vector more.
+static void pack_strip(Rows d, int64_t rows, int64_t columns, float factor, float *to, const ColumnSums &sums) {
+    constexpr int chains = 4, terms = 64; // of sums: short ones are more exact, and do not wait for each other
     const Vec f = splat(factor);
     for (int64_t i = 0; i < columns; i += lanes) {
         const int64_t left = columns - i;
         const float *from = d.data + i;
-        Vec sum[chains] = {};
-        for (int64_t r = 0; r < rows; r += chains)
+        Vec all{};
+        for (int64_t first = 0; first < rows; first += terms) {
+            const int64_t last = first + terms < rows ? first + terms : rows;
+            Vec sum[chains] = {};
+            for (int64_t r = first; r < last; r += chains)
 #pragma GCC unroll 4
-            for (int64_t v = 0; v < chains; v++) {
-                const int64_t row = r + v, rest = rows - 1 - row;
-                if (rest < 0) continue;
-                // what lies beyond the strip is of the rows after it, whose turn comes later
-                const Vec x = (rest * d.stride + left >= lanes ? load(from + row * d.stride)
-                                                               : load_some(from + row * d.stride, left)) *
-                              f;
-                if (columns <= lanes) store(to + row * columns, x);
-                else store_some(to + row * columns + i, x, left);
-                sum[v] += x;
-            }
-        if (!sums) continue;
-        const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        store_some(sums + i, adds ? load_some(sums + i, left) + all : all, left);
+                for (int64_t v = 0; v < chains; v++) {
+                    const int64_t row = r + v, rest = rows - 1 - row;
+                    if (row >= last) continue;
+                    // what lies beyond the strip is of the rows after it, whose turn comes later
+                    const bool is_inside = rest * d.stride + left >= lanes;
+                    const Vec x =
+                        (is_inside ? load(from + row * d.stride) : load_some(from + row * d.stride, left)) * f;
+                    if (columns <= lanes) store(to + row * columns, x);
+                    else store_some(to + row * columns + i, x, left);
+                    sum[v] += x;
+                }
+            all += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        }
+        if (sums.sums) sums.add(i, left, all);
     }
 }
 
@@ -157,24 +174,27 @@ struct WeightPlan {
 struct Share {
     int64_t slice, first_strip, last_strip, first_panel, last_panel;
 
-    int64_t strips_room() const { return (last_strip - first_strip) * most_tile_rows * gradient_depth + lanes; }
-    static constexpr int64_t panel_room = gradient_depth * panel_columns;
+    // Numbers of memory for so many rows at a time.
+    int64_t strips_room(int64_t rows) const { return (last_strip - first_strip) * most_tile_rows * rows + lanes; }
+    int64_t room(int64_t rows) const { return strips_room(rows) + panel_columns * rows; }
+    int64_t sums_room() const { return (last_strip - first_strip) * strip_sums; }
+    static constexpr int64_t strip_sums = (most_tile_rows + lanes - 1) / lanes * lanes;
 };
 
-// Adds the products of at most gradient_depth rows, of which `d` has the layers' gradients and `row` is the first, or begins the sums
-// with them. `room` is for the strips and a panel.
+// Adds the products of at most `most` rows, of which `d` has the layers' gradients and `row` is the first, or begins the sums with
+// them. `room` is for the strips and a panel; `lost`, what sums have lost, stays until the next rows.
 static void add_rows(const WeightPlan &plan, const Share &share, const Rows *d, int64_t row, int64_t rows, bool adds,
-                     float *room) {
+                     int64_t most, float *room, float *lost) {
     const WeightProduct &p = *plan.p;
-    alignas(64) float edge[most_tile_rows * tile_columns];
-    float *panel = room + share.strips_room(), *to = room;
+    alignas(64) float edge[most_tile_rows * tile_columns] = {};
+    float *panel = room + share.strips_room(most), *to = room;
     for (int64_t s = share.first_strip; s < share.last_strip; s++) {
         const Strip &strip = plan.strips[s];
         const Rows of_layer = d[strip.layer];
-        float *sums = share.first_panel || !p.d_bias[strip.layer]
-                          ? nullptr
-                          : plan.bias_of(share.slice, strip.layer) + strip.first;
-        pack_strip({of_layer.data + strip.first, of_layer.stride}, rows, strip.columns, p.factor, to, sums, adds);
+        const bool sums_up = !share.first_panel && p.d_bias[strip.layer];
+        const ColumnSums sums{sums_up ? plan.bias_of(share.slice, strip.layer) + strip.first : nullptr,
+                              lost + (s - share.first_strip) * Share::strip_sums, adds};
+        pack_strip({of_layer.data + strip.first, of_layer.stride}, rows, strip.columns, p.factor, to, sums);
         to += rows * strip.columns;
     }
     for (int64_t n = share.first_panel; n < share.last_panel; n++) {
@@ -219,7 +239,7 @@ static void weight_task(int64_t i, void *context) {
                   next_panel = first_panel + plan->group_panels;
     const Share share{slice, chunk * plan->n_strips / plan->chunks, (chunk + 1) * plan->n_strips / plan->chunks,
                       first_panel, next_panel < plan->panels ? next_panel : plan->panels};
-    float *room = (float *)thread_scratch((share.strips_room() + Share::panel_room) * int64_t(sizeof(float)));
+    float *room = (float *)thread_scratch((share.room(gradient_depth) + share.sums_room()) * int64_t(sizeof(float)));
     if (!room) {
         __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
         return;
@@ -231,7 +251,7 @@ static void weight_task(int64_t i, void *context) {
         const int64_t row = begin + (end - begin) * cut / cuts, rows = begin + (end - begin) * (cut + 1) / cuts - row;
         Rows d[most_layers];
         for (int l = 0; l < p.layers; l++) d[l] = p.d[l].from(row);
-        add_rows(*plan, share, d, row, rows, cut > 0, room);
+        add_rows(*plan, share, d, row, rows, cut > 0, gradient_depth, room, room + share.room(gradient_depth));
     }
 }
 

@@ -61,6 +61,7 @@ def is_dense(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.dtype == torch.float32
+        and tensor.layout == torch.strided
         and tensor.shape == shape
         and tensor.is_contiguous()
         and not tensor.is_neg()

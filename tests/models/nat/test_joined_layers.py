@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nbhd import joined
 from nbhd.backends import cpu
 from nbhd.models import NatConfig, NatForImageClassification
-from nbhd.models.nat.joined_layers import JoinedLayer
+from nbhd.models.nat import joined_layers
 from nbhd.models.nat.layers import NatDropPath, NatLayer
 
 pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
@@ -30,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """As if every machine gained by it: the branches that were computed in a call, in their order."""
     seen: list[str] = []
     for name in ("attention_branch", "mlp_branch"):
-        real = getattr(JoinedLayer, name)
+        real = getattr(joined_layers, name)
 
         def spy(*args: object, real: Callable = real, name: str = name) -> Tensor | None:
             output = real(*args)
@@ -38,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
                 seen.append(name)
             return output
 
-        monkeypatch.setattr(JoinedLayer, name, spy)
+        monkeypatch.setattr(joined_layers, name, spy)
     monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: True)
     yield seen
 
@@ -278,10 +280,12 @@ def test_a_class_or_a_function_that_becomes_another(calls: list[str]) -> None:
     model(PIXELS)
     assert len(calls) == 2 * BRANCHES
     layer.output.dense.__class__ = kind
-    layer.intermediate.intermediate_act_fn.act = functools.partial(nn.functional.gelu, approximate="tanh")  # type: ignore[union-attr, assignment]
+    layer.intermediate.intermediate_act_fn.act = functools.partial(torch.mul, torch.tensor(0.0))  # type: ignore[union-attr, assignment]
     calls.clear()
-    model(PIXELS)
-    assert len(calls) == 2 * BRANCHES
+    with torch.no_grad():
+        model(PIXELS)
+        assert len(calls) == 2 * BRANCHES
+        assert not layer.intermediate(torch.randn(1, 8, 8, 32)).any()
 
 
 def test_an_activation_that_is_not_the_exact_gelu(calls: list[str], plainly: Callable) -> None:
@@ -321,14 +325,143 @@ def test_layers_that_are_left_to_pytorch(change: Callable, calls: list[str], pla
 
 
 def test_parameters_that_do_not_learn(calls: list[str], plainly: Callable) -> None:
+    """Layers of which some learn have PyTorch's: less has to be kept for their gradients."""
     model = model_of("dropping").train()
+    last = list(model.nat.encoder.levels[1].layers)[-1]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in last.parameters():
+        parameter.requires_grad_(True)
+    close(step(model, 3), plainly(lambda: step(model, 3)))
+    assert {*calls} == {
+        "attention_branch",
+        "mlp_branch",
+    }  # of two that have no gradients at all, and of one that has them all
+    last.output.dense.weight.requires_grad_(False)
+    last.attention.self.key.bias.requires_grad_(False)
+    close(step(model, 3), plainly(lambda: step(model, 3)))
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 == 0)
-    close(step(model), plainly(lambda: step(model)))
-    assert calls
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("classifier" in name)
-    close(step(model), plainly(lambda: step(model)))
+    close(step(model, 3), plainly(lambda: step(model, 3)))
+
+
+def test_biases_may_change_before_the_backward(calls: list[str], plainly: Callable) -> None:
+    """Their values are not needed then."""
+    model = model_of().train()
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = model(pixel_values=PIXELS, labels=LABELS).loss
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("dense.bias") or ("query" in name and "bias" in name):
+                    parameter.add_(1)
+        loss.backward()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(before[name])
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]  # type: ignore[misc]
+
+    close(run(), plainly(run))
+
+
+@pytest.mark.parametrize("kind", ["linear", "layer_norm"])
+def test_functions_that_somebody_has_replaced(kind: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As profilers do."""
+    model, seen, real = model_of().eval(), [], getattr(nn.functional, kind)
+    monkeypatch.setattr(nn.functional, kind, lambda *args, **options: (seen.append(kind), real(*args, **options))[1])
+    model(PIXELS)
+    assert not calls and seen
+
+
+def test_classes_that_somebody_has_changed(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, real = model_of().eval(), [], nn.LayerNorm.forward
+    model(PIXELS)
+    calls.clear()
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: (seen.append(self), real(self, x))[1])
+    model(PIXELS)
+    assert not calls and first_layer(model).layernorm_after in seen
+
+
+def test_subclasses_and_replaced_methods(calls: list[str]) -> None:
+    model = model_of().eval()
+    layer, seen = first_layer(model), []
+
+    class Other(NatLayer):
+        def _mlp_branch(self, hidden_states: Tensor) -> Tensor:
+            seen.append(self)
+            return super()._mlp_branch(hidden_states)
+
+    layer.__class__ = Other
+    model(PIXELS)
+    assert seen == [layer] and len(calls) == 2 * BRANCHES
+    layer.__class__ = NatLayer
+    real = layer._attend
+    layer._attend = lambda *args: (seen.append(None), real(*args))[1]  # type: ignore[method-assign]
+    model(PIXELS)
+    assert seen == [layer, None] and len(calls) == 4 * BRANCHES
+    del layer._attend
+    layer.output.dense._compiled_call_impl = lambda *args: (seen.append(1), layer.output.dense.forward(*args))[1]
+    model(PIXELS)
+    assert seen == [layer, None, 1] and len(calls) == 6 * BRANCHES
+
+
+def test_nothing_is_kept_alive(calls: list[str]) -> None:
+    model = model_of().train()
+    step(model)
+    layer = first_layer(model)
+    weight = weakref.ref(layer.output.dense.weight)
+    layer.output.dense = copy.deepcopy(layer.output.dense)
+    assert weight() is None
+    step(model)
+    last, everything = weakref.ref(layer), weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del layer, model
+        assert last() is None and everything() is None
+    finally:
+        gc.enable()
+
+
+def test_a_part_that_is_none(calls: list[str]) -> None:
+    model = model_of().eval()
+    first_layer(model).output.register_module("more", None)
+    model(PIXELS), model(PIXELS)
+    assert len(calls) == 6 * BRANCHES
+
+
+@pytest.mark.parametrize("epsilon", [float("inf"), float("nan"), -1.0])
+def test_an_epsilon_that_the_core_does_not_take(epsilon: float, calls: list[str], plainly: Callable) -> None:
+    model = model_of().train()
+    first_layer(model).layernorm_before.eps = epsilon
+    found = step(model)
+    assert len(calls) == 2 * BRANCHES + 1
+    for ours, theirs in zip(found, plainly(lambda: step(model)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_the_attention_is_computed_once(calls: list[str], monkeypatch: pytest.MonkeyPatch, plainly: Callable) -> None:
+    """Also where its projection is one that PyTorch has to make."""
+    layer, seen, real = first_layer(model_of()).eval(), [], joined_layers.na2d
+    monkeypatch.setattr(joined_layers, "na2d", lambda *args, **options: (seen.append(1), real(*args, **options))[1])
+    weight = layer.attention.output.dense.weight
+    layer.attention.output.dense.weight = nn.Parameter(weight.detach().t().contiguous().t())
+    batch = torch.randn(2, 8, 8, 32)
+    found = layer(batch)[0]
+    assert len(seen) == 1
+    torch.testing.assert_close(found, plainly(lambda: layer(batch)[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_that_overflow_are_seen(calls: list[str], plainly: Callable) -> None:
+    """GELU of minus infinity is no number, as PyTorch's is: losses show it."""
+    model = model_of().eval()
+    with torch.no_grad():
+        first_layer(model).intermediate.dense.bias.fill_(-torch.inf)
+        assert model(PIXELS).logits.isnan().all()
+        assert plainly(lambda: model(PIXELS)).logits.isnan().all()
 
 
 def test_parameters_given_by_a_caller(calls: list[str], plainly: Callable) -> None:
@@ -359,16 +492,24 @@ def test_graphs_transforms_and_counters_have_the_plain_layers(calls: list[str]) 
     assert not calls
 
 
-def test_gradient_checkpoints(calls: list[str]) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpoints(reentrant: bool, calls: list[str]) -> None:
+    """Have the plain layers: what is computed again must not depend on who watches then."""
     model = model_of("dropping").train()
     expected = step(model)
-    for reentrant in (False, True):
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": reentrant})
-        calls.clear()
-        found = step(model)
-        assert len(calls) > 3 * BRANCHES - 2
-        close(found, expected)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    calls.clear()
+    torch.manual_seed(0)
+    model.zero_grad()
+    loss = model(pixel_values=PIXELS, labels=LABELS).loss
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert not calls and counter.get_total_flops() > 0
+    close([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], expected)
+    with torch.no_grad():
+        model.eval()(PIXELS)
+    assert calls
 
 
 def test_gradients_of_gradients(calls: list[str], plainly: Callable) -> None:

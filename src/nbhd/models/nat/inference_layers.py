@@ -19,7 +19,7 @@ from nbhd.models.nat.layers import (
     NeighborhoodAttentionOutput,
     has_exact_gelu,
 )
-from nbhd.own_parts import OwnParts, has_own_parts
+from nbhd.own_parts import Kinds, has_own_parts
 from nbhd.packed import Layers, PackedLinear
 
 PARTS = ("query", "key", "value")
@@ -135,13 +135,12 @@ class PackedNatLayer(NatLayer):
 
     def __init__(self, layer: NatLayer) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update(layer.__dict__)
-        self._own_parts: OwnParts[Any] = OwnParts(_PARTS, _Whole, has_exact_gelu)
+        self.__dict__.update(layer.__getstate__())
 
     @staticmethod
     def suits(layer: nn.Module) -> bool:
         """Whether ``layer`` is a `NatLayer` made of nothing but its own parts, its linear layers packed."""
-        return type(layer) is NatLayer and has_own_parts(layer, _PARTS) and has_exact_gelu(layer)
+        return type(layer) is NatLayer and has_own_parts(layer, _PARTS) and has_exact_gelu(layer.intermediate)
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         """``(B, H, W, dim)`` to the same, and the attention probabilities if asked for."""
@@ -152,12 +151,28 @@ class PackedNatLayer(NatLayer):
             and hidden_states.ndim == 4
             and min(hidden_states.shape[1:3]) >= self.window_size  # smaller maps are padded between norm and attention
         ):
-            whole = self._own_parts.found(self)
+            whole = self._found()
         output = whole(self, hidden_states) if whole is not None else None
         return super().forward(hidden_states, output_attentions) if output is None else (output, None)
 
-    def _joined_layer(self, hidden_states: Tensor) -> None:
-        """No other way to compute it in a few calls than its own."""
+    #: With what it was made for.
+    _whole: tuple[object, _Whole] | None = None  # threads replace it as a whole
+
+    def _found(self) -> _Whole | None:
+        """What to compute the layer with, if it has its own parts and nobody's hooks."""
+        seen = self._has_own_parts()
+        if seen is None or not has_exact_gelu(self.intermediate):
+            return None
+        found = self._whole
+        if found is None or found[0] is not seen:
+            found = self._whole = seen, _Whole(self)
+        return found[1]
+
+    def _kinds_of_parts(self) -> Kinds:
+        return _PARTS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_whole"}
 
 
 class _Whole:
@@ -193,7 +208,7 @@ class _Whole:
 
 
 #: The parts that a layer may have to run as a whole.
-_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+_PARTS: Kinds = {
     "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity,),
     "attention": (NeighborhoodAttentionModule,), "attention.self": (FusedNeighborhoodAttention,),
     "attention.self.qkv": (PackedLinear,), "attention.output": (NeighborhoodAttentionOutput,),

@@ -19,9 +19,9 @@ from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
 from nbhd.joined import may_join
 from nbhd.linear import Linear, is_plain, joins
+from nbhd.models.nat import joined_layers
 from nbhd.models.nat.configuration_nat import NatConfig
-from nbhd.models.nat.joined_layers import JoinedLayer
-from nbhd.own_parts import OwnParts
+from nbhd.own_parts import Kinds, OwnParts
 
 
 @dataclass
@@ -208,10 +208,17 @@ class NatIntermediate(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dense, activation = self.dense, self.intermediate_act_fn
-        if type(activation) is GELUActivation and joins(dense, activation):
+        dense: Any = self.dense
+        activation: Any = self.intermediate_act_fn
+        if has_exact_gelu(self) and joins(dense, activation):
             return dense.with_gelu(hidden_states)
         return activation(dense(hidden_states))
+
+
+def has_exact_gelu(intermediate: NatIntermediate) -> bool:
+    """Whether the activation is PyTorch's exact GELU, and not the one written out in Python."""
+    activation: Any = intermediate.intermediate_act_fn
+    return type(activation) is GELUActivation and activation.act is nn.functional.gelu
 
 
 class NatOutput(nn.Module):
@@ -254,16 +261,16 @@ class NatLayer(GradientCheckpointingLayer):
             if config.layer_scale_init_value > 0
             else None
         )
-        self._own_parts: OwnParts[JoinedLayer] = OwnParts(_PARTS, JoinedLayer, has_exact_gelu)
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not output_attentions:
-            joined = self._joined_layer(hidden_states)
-            if joined is not None:
-                hidden_states = self._add(hidden_states, joined.attention_branch, self._plain_attention_branch, 0)
-                return self._add(hidden_states, joined.mlp_branch, self._mlp_branch, 1), None
+            if self._runs_joined(hidden_states):
+                hidden_states = self._add(
+                    hidden_states, joined_layers.attention_branch, self._plain_attention_branch, 0
+                )
+                return self._add(hidden_states, joined_layers.mlp_branch, self._mlp_branch, 1), None
             if self._may_leave_out(hidden_states):
                 hidden_states = self._add_for_some(hidden_states, self._plain_attention_branch)
                 return self._add_for_some(hidden_states, self._mlp_branch), None
@@ -271,30 +278,56 @@ class NatLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.drop_path(branch)
         return hidden_states + self.drop_path(self._mlp_branch(hidden_states)), probabilities
 
-    def _joined_layer(self, hidden_states: torch.Tensor) -> JoinedLayer | None:
-        """What to compute the layer with in a few calls, where it can be and nobody can tell."""
-        if not may_join(hidden_states):  # the first of all: in graphs nothing of this is to be looked at
-            return None
-        joined = self._own_parts.found(self)
-        return joined if joined is not None and joined.suits(hidden_states, self.window_size) else None
+    def _runs_joined(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the layer is computed in a few calls: where that is faster, and nobody can tell."""
+        return (
+            may_join(hidden_states)  # the first of all: in graphs nothing of this is to be looked at
+            and type(self) is NatLayer
+            and _BRANCHES.isdisjoint(self.__dict__)
+            and not self._is_computed_again()
+            and self._has_own_parts() is not None
+            and has_exact_gelu(self.intermediate)
+            and joined_layers.suits(self, hidden_states)
+        )
+
+    def _is_computed_again(self) -> bool:
+        """Whether a checkpoint computes it twice, which has to keep the same tensors whoever watches then."""
+        return self.gradient_checkpointing and self.training
+
+    _own_parts: OwnParts | None = None
+
+    def _has_own_parts(self) -> object | None:
+        """None if the layer has not its own parts (`nbhd.own_parts`); the same object while it has."""
+        if self._own_parts is None:
+            self._own_parts = OwnParts(self._kinds_of_parts())
+        return self._own_parts.seen(self)
+
+    def _kinds_of_parts(self) -> Kinds:
+        return _PARTS
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies as well
+        return {name: value for name, value in self.__dict__.items() if name != "_own_parts"}
 
     def _add(
-        self, hidden_states: torch.Tensor, joined_branch: Callable[[torch.Tensor, float | None], torch.Tensor | None],
+        self, hidden_states: torch.Tensor,
+        joined_branch: Callable[[NatLayer, torch.Tensor, float | None], torch.Tensor | None],
         plain_branch: Callable[[torch.Tensor], torch.Tensor], row: int,
     ) -> torch.Tensor:  # fmt: skip
         """``hidden_states + drop_path(branch(hidden_states))``, the branch joined, or plain where it cannot be."""
 
         def branch(some: torch.Tensor) -> torch.Tensor:
-            joined = joined_branch(some, None) if len(some) else None
+            joined = joined_branch(self, some, None) if len(some) else None
             return plain_branch(some) if joined is None else self._scale(joined, row)
 
+        def added(factor: float) -> torch.Tensor:
+            if self.layer_scale_parameters is not None:
+                return torch.add(hidden_states, branch(hidden_states), alpha=factor)
+            joined = joined_branch(self, hidden_states, factor)
+            return torch.add(hidden_states, plain_branch(hidden_states), alpha=factor) if joined is None else joined
+
         if type(self.drop_path) is NatDropPath and self.drop_path.may_drop():
-            return self._add_for_some(hidden_states, branch, joined_branch)
-        if self.layer_scale_parameters is None:
-            added = joined_branch(hidden_states, 1.0)
-            if added is not None:
-                return added
-        return hidden_states + branch(hidden_states)
+            return self._add_for_some(hidden_states, branch, added)
+        return added(1.0)
 
     def _plain_attention_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._attention_branch(hidden_states, False)[0]
@@ -318,6 +351,7 @@ class NatLayer(GradientCheckpointingLayer):
             type(self.drop_path) is NatDropPath
             and self.drop_path.may_drop()
             and self.drop_path.drop_prob < 1
+            and not self._is_computed_again()
             and not makes_a_graph()
             and type(hidden_states) is torch.Tensor
             and hidden_states.device.type == "cpu"
@@ -329,22 +363,20 @@ class NatLayer(GradientCheckpointingLayer):
 
     def _add_for_some(
         self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor],
-        added_branch: Callable[[torch.Tensor, float], torch.Tensor | None] | None = None,
+        added: Callable[[float], torch.Tensor] | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """``hidden_states + drop_path(branch(hidden_states))``, the branch computed for the images that keep it.
 
-        If none does it is computed for none, and gives all parameters gradients of zero. If all do and there is no
-        layer scale, ``added_branch`` may add the branch times a factor itself.
+        If none does it is computed for none, and gives all parameters gradients of zero. If all do, ``added`` makes the
+        sum with the branch times a factor.
         """
         drop_path = cast(NatDropPath, self.drop_path)
         factors = drop_path.draw(hidden_states)
         kept = factors.flatten().nonzero().flatten()
         factor = 1 / (1 - drop_path.drop_prob)
         if len(kept) == len(factors):
-            if added_branch is not None and self.layer_scale_parameters is None:
-                added = added_branch(hidden_states, factor)
-                if added is not None:
-                    return added
+            if added is not None:
+                return added(factor)
             return torch.add(hidden_states, branch(hidden_states), alpha=factor)
         some = branch(hidden_states.index_select(0, kept))
         dtype = torch.promote_types(hidden_states.dtype, some.dtype)  # autocast makes them two
@@ -387,7 +419,7 @@ class NatLayer(GradientCheckpointingLayer):
 
 
 #: The parts that a layer may have to be computed in a few calls.
-_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+_PARTS: Kinds = {
     "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity, NatDropPath),
     "attention": (NeighborhoodAttentionModule,), "attention.self": (NeighborhoodAttention,),
     "attention.self.query": (Linear,), "attention.self.key": (Linear,), "attention.self.value": (Linear,),
@@ -398,10 +430,8 @@ _PARTS: dict[str, tuple[type[nn.Module], ...]] = {
 }  # fmt: skip
 
 
-def has_exact_gelu(layer: NatLayer) -> bool:
-    """Whether the activation between the MLP's layers is PyTorch's exact GELU."""
-    activation: Any = layer.intermediate.intermediate_act_fn
-    return activation.act is nn.functional.gelu  # and not the one written out in Python
+#: Methods that it computes its branches with otherwise.
+_BRANCHES = frozenset(("_add", "_add_for_some", "_attend", "_attention_branch", "_mlp_branch", "_scale"))
 
 
 class NatStage(nn.Module):
