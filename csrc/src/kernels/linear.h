@@ -18,6 +18,7 @@ struct LinearJob {
     Blocks blocks;
     Groups groups;
     Stage stage;
+    int64_t run; // blocks that a task computes one after another, asking for what the next one needs
     bool failed; // by any thread: out of memory
 
     int64_t last_panels() const {
@@ -36,11 +37,10 @@ static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_
     return {room, padded(l.in)};
 }
 
-static void linear_task(int64_t i, void *context) {
-    LinearJob &job = *(LinearJob *)context;
+static void linear_block(LinearJob &job, int64_t block, int64_t group, bool goes_on) {
     const LinearLayers &l = *job.l;
-    const int64_t block = i / job.groups.count, group = i % job.groups.count, row = block * job.blocks.rows,
-                  rows = job.blocks.rows_of(block, l.rows), in_stride = padded(l.in), between_stride = padded(depth);
+    const int64_t row = block * job.blocks.rows, rows = job.blocks.rows_of(block, l.rows), in_stride = padded(l.in),
+                  between_stride = padded(depth);
     const bool has_hidden = l.hidden.out > 0, from_hidden = job.stage == Stage::last && has_hidden;
     float *room = nullptr;
     if (!from_hidden) {
@@ -54,15 +54,19 @@ static void linear_task(int64_t i, void *context) {
     const Finish of_hidden{l.hidden.bias, nullptr, {}, true, sums, {}};
     const Rows a = from_hidden ? Rows{job.between + row * job.between_stride, job.between_stride}
                                : inputs(l, row, rows, !group, room);
+    const Coming next_input =
+        goes_on ? coming(l.input.from(row + rows), job.blocks.rows_of(block + 1, l.rows)) : Coming{};
+    const auto output_of = [&](int p) { return Rows{l.output[p].data, l.output[p].stride}.from(row); };
     if (job.stage == Stage::whole && has_hidden) {
         const Finish of_last{l.last[0].bias, l.scale, l.residual.from(row), l.gelu, {}, {}};
         float *between = room + job.blocks.rows * in_stride, *output = l.output[0].data + row * l.output[0].stride;
         for (int64_t k = 0; k < l.hidden.out; k += depth) {
             const int64_t n = l.hidden.out - k < depth ? l.hidden.out - k : depth, panels = depth / panel_columns,
                           begin = k / panel_columns;
-            multiply(
-                {a, rows, l.in, &job.hidden, l.in, 0, begin, begin + panels, between - k, between_stride, false, true},
-                of_hidden);
+            const Coming output_rows = goes_on && !k ? coming(output_of(0), rows) : Coming{};
+            multiply({a, rows, l.in, &job.hidden, l.in, 0, begin, begin + panels, between - k, between_stride, false,
+                      true, output_rows},
+                     of_hidden);
             multiply({{between, between_stride},
                       rows,
                       n,
@@ -74,15 +78,27 @@ static void linear_task(int64_t i, void *context) {
                       output,
                       l.output[0].stride,
                       k > 0,
-                      k + n == l.hidden.out},
+                      k + n == l.hidden.out,
+                      k ? Coming{} : next_input},
                      of_last);
         }
         return;
     }
     if (job.stage == Stage::hidden) {
         const int64_t end = job.groups.end(group, job.hidden.n_panels());
-        multiply({a, rows, l.in, &job.hidden, l.in, 0, group * job.groups.panels, end,
-                  job.between + row * job.between_stride, job.between_stride, false, true},
+        multiply({a,
+                  rows,
+                  l.in,
+                  &job.hidden,
+                  l.in,
+                  0,
+                  group * job.groups.panels,
+                  end,
+                  job.between + row * job.between_stride,
+                  job.between_stride,
+                  false,
+                  true,
+                  {}},
                  of_hidden);
         return;
     }
@@ -92,24 +108,40 @@ static void linear_task(int64_t i, void *context) {
         const int64_t panels = job.last[p].n_panels();
         if (begin < panels && end > 0) {
             const Finish f{l.last[p].bias, l.scale, l.residual.from(row), l.gelu, {}, {}};
+            const Coming next = !goes_on ? Coming{} : p + 1 < l.n_last ? coming(output_of(p + 1), rows) : next_input;
             multiply({a, rows, in, &job.last[p], in, 0, begin > 0 ? begin : 0, end < panels ? end : panels,
-                      l.output[p].data + row * l.output[p].stride, l.output[p].stride, false, true},
+                      l.output[p].data + row * l.output[p].stride, l.output[p].stride, false, true, next},
                      f);
         }
         begin -= panels, end -= panels;
     }
 }
 
+static void linear_task(int64_t i, void *context) {
+    LinearJob &job = *(LinearJob *)context;
+    if (job.run == 1) return linear_block(job, i / job.groups.count, i % job.groups.count, false);
+    const int64_t end = (i + 1) * job.run < job.blocks.count ? (i + 1) * job.run : job.blocks.count;
+    for (int64_t block = i * job.run; block < end; block++) linear_block(job, block, 0, block + 1 < end);
+}
+
 static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
     const int64_t panels = stage == Stage::hidden ? job.hidden.n_panels() : job.last_panels();
     job.stage = stage;
     job.groups = stage == Stage::whole ? Groups{1, 1, {nullptr, 1}} : Groups{panels, job.blocks.count, threads};
-    run_tasks(threads, job.blocks.count * job.groups.count, linear_task, &job);
+    // Small weights stay in the cache, and there is time to ask for something else.
+    constexpr int64_t run = 4;
+    const LinearLayers &l = *job.l;
+    int64_t weights = l.hidden.out * l.in;
+    for (int p = 0; p < l.n_last; p++) weights += l.last[p].out * (l.hidden.out ? l.hidden.out : l.in);
+    const bool is_small = weights <= small_weights && job.groups.count == 1;
+    job.run = is_small && job.blocks.count >= 4 * run * threads.count ? run : 1;
+    run_tasks(threads, job.run > 1 ? (job.blocks.count + run - 1) / run : job.blocks.count * job.groups.count,
+              linear_task, &job);
     return !job.failed;
 }
 
 static bool linear(const LinearLayers &l, const Threads &threads) {
-    LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, l.in}, {1, 1, {nullptr, 1}}, Stage::whole, false};
+    LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, l.in}, {1, 1, {nullptr, 1}}, Stage::whole, 1, false};
     Packing packings[1 + most_layers];
     Weight *packed[1 + most_layers];
     int n = 0;

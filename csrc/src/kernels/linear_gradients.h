@@ -6,8 +6,6 @@
 
 namespace nbhd::NBHD_ISA {
 
-constexpr int64_t small_weights = int64_t(1)
-                                  << 17; // numbers of all weights: with their packed copies half a second-level cache
 constexpr int64_t least_blocks_of_slice = 4;
 
 // What a part of a call computes: the gradient of the hidden layer's sums; that of the input, or of its norm's output, from it;
@@ -40,12 +38,12 @@ struct GradientJob {
 
 // d_hidden of some panels, of the block.
 static void hidden_gradient(const GradientJob &job, Rows d, int64_t row, int64_t rows, int64_t begin, int64_t end,
-                            float *d_hidden) {
+                            float *d_hidden, Coming next) {
     const LinearGradients &g = *job.g;
     Finish f{};
     f.slope_at = {g.sums + row * g.hidden.out, g.hidden.out};
     const int64_t out = g.last[0].out;
-    multiply({d, rows, out, &job.last[0], out, 0, begin, end, d_hidden, job.hidden_stride, false, true}, f);
+    multiply({d, rows, out, &job.last[0], out, 0, begin, end, d_hidden, job.hidden_stride, false, true, next}, f);
 }
 
 static void norm_gradient(const GradientJob &job, int64_t block, Rows d) {
@@ -79,7 +77,7 @@ static void block_gradients(const GradientJob &job, int64_t block, int64_t group
     if (job.stage == GradientStage::hidden) {
         const int64_t end = job.groups.end(group, job.last[0].n_panels());
         const Rows d = apart(d_output, rows, g.last[0].out, room.memory);
-        return hidden_gradient(job, d, row, rows, group * job.groups.panels, end, d_hidden);
+        return hidden_gradient(job, d, row, rows, group * job.groups.panels, end, d_hidden, {});
     }
     float *to = job.d_normalised  ? job.d_normalised + row * in_stride
                 : g.norm.is_there ? room.memory + room.d_output
@@ -88,13 +86,21 @@ static void block_gradients(const GradientJob &job, int64_t block, int64_t group
     const int64_t stride = g.norm.is_there ? in_stride : g.in, panels = (g.in + panel_columns - 1) / panel_columns;
     const int64_t begin = is_whole ? 0 : group * job.groups.panels,
                   end = is_whole ? panels : job.groups.end(group, panels);
+    Coming next_sums{}, next_d{}; // of the slice's next block
+    if (job.stage == GradientStage::slice && block + 1 < job.blocks.count) {
+        const int64_t next_rows = job.blocks.rows_of(block + 1, g.rows);
+        if (has_hidden) next_sums = {g.sums + (row + rows) * g.hidden.out, next_rows * g.hidden.out};
+        next_d = {g.d_output[0] + (row + rows) * g.last[0].out, next_rows * g.last[0].out};
+    }
     Finish f{};
     if (!g.norm.is_there) f.residual = Rows{g.added, g.in}.from(row);
     if (has_hidden) {
         const Rows d = is_whole ? apart(d_output, rows, g.last[0].out, room.memory) : d_output;
         for (int64_t k = 0; k < g.hidden.out; k += depth) {
             const int64_t n = g.hidden.out - k < depth ? g.hidden.out - k : depth;
-            if (is_whole) hidden_gradient(job, d, row, rows, k / panel_columns, (k + depth) / panel_columns, d_hidden);
+            if (is_whole)
+                hidden_gradient(job, d, row, rows, k / panel_columns, (k + depth) / panel_columns, d_hidden,
+                                k ? Coming{} : next_sums);
             if (job.wants_input)
                 multiply({{d_hidden + k, job.hidden_stride},
                           rows,
@@ -107,14 +113,17 @@ static void block_gradients(const GradientJob &job, int64_t block, int64_t group
                           to,
                           stride,
                           k > 0,
-                          k + n == g.hidden.out},
+                          k + n == g.hidden.out,
+                          k ? Coming{} : next_d},
                          f);
         }
     } else if (job.wants_input) {
         for (int p = 0; p < g.n_last; p++) {
             const int64_t out = g.last[p].out;
             const Rows d = apart(Rows{g.d_output[p], out}.from(row), rows, out, room.memory);
-            multiply({d, rows, out, &job.last[p], out, 0, begin, end, to, stride, p > 0, p + 1 == g.n_last}, f);
+            multiply({d, rows, out, &job.last[p], out, 0, begin, end, to, stride, p > 0, p + 1 == g.n_last,
+                      p + 1 == g.n_last ? next_d : Coming{}},
+                     f);
         }
     }
     if (is_whole && g.norm.is_there && job.wants_input) norm_gradient(job, block, {to, stride});

@@ -156,6 +156,13 @@ static void finish(const Finish &f, const float *sums, int64_t sums_stride, int6
     }
 }
 
+// Memory that is read or written next.
+struct Coming {
+    const float *begin; // or null: nothing is known of it
+    int64_t numbers;
+};
+NBHD_INLINE Coming coming(Rows a, int64_t rows) { return {a.data, rows * a.stride}; }
+
 // A block of rows times a part of a weight.
 struct Product {
     Rows a; // from the first row and the first of the `n` inputs
@@ -166,6 +173,7 @@ struct Product {
     float *c; // from the first row and the first panel of the weight
     int64_t c_stride;
     bool adds, ends; // there are sums in c already; these are the last
+    Coming next;     // asked for meanwhile, in place of the next panel: where panels stay in the cache
 };
 
 // Asks for a tile's columns of rows that were not looked at for long.
@@ -179,6 +187,9 @@ static void multiply(const Product &p, const Finish &f) {
     alignas(64) float edge[most_tile_rows * tile_columns] = {}; // a tile that goes beyond the last output
     // a panel's share of each input and each tile; those of several tiles' width lie in the same lines
     const int64_t ahead_step = panel_columns * int64_t(sizeof(float)) / tiles(p.rows) + 1;
+    const int64_t panels = (p.panel_end < p.weight->n_panels() ? p.panel_end : p.weight->n_panels()) - p.panel_begin,
+                  steps = p.n * tiles(p.rows) * panels * (panel_columns / tile_columns);
+    Ahead next{(const char *)p.next.begin, p.next.numbers * int64_t(sizeof(float)) / (steps > 0 ? steps : 1) + 1};
     for (int64_t k = 0; k < p.n; k += depth) {
         const int64_t n = p.n - k < depth ? p.n - k : depth;
         const bool adds = p.adds || k, ends = p.ends && k + n == p.n;
@@ -205,7 +216,8 @@ static void multiply(const Product &p, const Finish &f) {
                     if (f.residual.data) ask_for(f.residual.from(row), column, rows);
                     if (f.slope_at.data) ask_for(f.slope_at.from(row), column, rows);
                 }
-                tile_of(rows)(a, p.a.stride, b, n, sums, stride, adds, now, ahead), ahead.from += n * ahead.step;
+                Ahead &asked = p.next.begin ? next : ahead;
+                tile_of(rows)(a, p.a.stride, b, n, sums, stride, adds, now, asked), asked.from += n * asked.step;
                 if (ends && !by_tile) finish(f, sums, stride, row, rows, column, columns, c, p.c_stride);
                 else if (!is_whole) copy(edge, stride, c, p.c_stride, rows, columns);
             }
@@ -294,6 +306,9 @@ struct Blocks {
     // Whether they are enough to keep all threads busy, each with whole blocks.
     bool are_many(const Threads &threads) const { return threads.count == 1 || count >= 2 * threads.count; }
 };
+
+// Numbers of weights that stay in a second-level cache, half of it with their packed copies.
+constexpr int64_t small_weights = int64_t(1) << 17;
 
 // Where blocks are few, several tasks share the panels of each.
 struct Groups {

@@ -65,7 +65,7 @@ def is_dense(tensor: Tensor, shape: tuple[int, ...]) -> bool:
         and tensor.shape == shape
         and tensor.is_contiguous()
         and not tensor.is_neg()
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and tensor.data_ptr() != 0
     )
 

@@ -495,7 +495,7 @@ def test_graphs_transforms_and_counters_have_the_plain_layers(calls: list[str]) 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpoints(reentrant: bool, calls: list[str]) -> None:
     """Have the plain layers: what is computed again must not depend on who watches then."""
-    model = model_of("dropping").train()
+    model = model_of().train()
     expected = step(model)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": reentrant})

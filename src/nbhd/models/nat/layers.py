@@ -284,15 +284,12 @@ class NatLayer(GradientCheckpointingLayer):
             may_join(hidden_states)  # the first of all: in graphs nothing of this is to be looked at
             and type(self) is NatLayer
             and _BRANCHES.isdisjoint(self.__dict__)
-            and not self._is_computed_again()
+            # a checkpoint computes it again, and has to find the same tensors whoever watches then
+            and not (self.gradient_checkpointing and self.training)
             and self._has_own_parts() is not None
             and has_exact_gelu(self.intermediate)
             and joined_layers.suits(self, hidden_states)
         )
-
-    def _is_computed_again(self) -> bool:
-        """Whether a checkpoint computes it twice, which has to keep the same tensors whoever watches then."""
-        return self.gradient_checkpointing and self.training
 
     _own_parts: OwnParts | None = None
 
@@ -351,7 +348,6 @@ class NatLayer(GradientCheckpointingLayer):
             type(self.drop_path) is NatDropPath
             and self.drop_path.may_drop()
             and self.drop_path.drop_prob < 1
-            and not self._is_computed_again()
             and not makes_a_graph()
             and type(hidden_states) is torch.Tensor
             and hidden_states.device.type == "cpu"
