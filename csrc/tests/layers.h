@@ -254,4 +254,22 @@ void hostile() {
     if (Case::run(nullptr) != NBHD_BAD_STRUCT) printf("null is taken\n"), failures++;
 }
 
+// A test of random cases, and then of what there is besides. A case tells what is wrong with it itself, and keeps the worst deviation.
+template <class Case>
+int run_cases(int argc, char **argv, bool (*is_right)(Case &c, long i, double &worst), void (*besides)()) {
+    if (!strcmp(nbhd_isa(), "none")) return printf("skipped: this machine has no %s\n", getenv("NBHD_CPU_ISA")), 77;
+    const long cases = argc > 1 ? atol(argv[1]) : 2000;
+    Random random(1);
+    double worst = 0;
+    for (long i = 0; i < cases; i++) {
+        Case c;
+        c.make(random, draw(random));
+        nbhd::poisons_scratch = i % 2 == 0;
+        if (!is_right(c, i, worst)) return 1;
+    }
+    besides();
+    printf("%s: %ld cases, worst deviation %.1e\n", nbhd_isa(), cases, worst);
+    return failures != 0;
+}
+
 } // namespace layers

@@ -130,39 +130,32 @@ void extremes() {
     }
 }
 
+// Right, and the same bits at any number of threads.
+bool is_right(Case &c, long i, double &worst) {
+    std::vector<Floats> first;
+    for (int64_t threads : {1, 3}) {
+        c.poison(), c.call.threads = threads;
+        const int32_t status = nbhd_linear(&c.call);
+        const double off = status ? INFINITY : threads == 1 ? c.deviation() : 0;
+        worst = std::max(worst, off);
+        bool differs = false;
+        for (size_t k = 0; k < first.size(); k++) {
+            const Floats &now = *c.outputs()[k];
+            differs = differs || (now.size() && memcmp(first[k].data(), now.data(), now.size() * sizeof(float)));
+        }
+        if (off > 5e-6 || differs) {
+            printf("case %ld: off by %g (status %d), %d threads%s; gelu %d, scale %d, residual %d, ", i, off, status,
+                   int(threads), differs ? ", other bits than with one" : "", int(c.call.gelu), !!c.call.scale,
+                   !!c.call.residual);
+            return c.print(), false;
+        }
+        for (const Floats *x : c.outputs()) first.push_back(*x);
+    }
+    return true;
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
-    if (!strcmp(nbhd_isa(), "none")) return printf("skipped: this machine has no %s\n", getenv("NBHD_CPU_ISA")), 77;
-    const long cases = argc > 1 ? atol(argv[1]) : 2000;
-    Random random(1);
-    double worst = 0;
-    for (long i = 0; i < cases; i++) {
-        Case c;
-        c.make(random, draw(random));
-        nbhd::poisons_scratch = i % 2 == 0;
-        std::vector<Floats> first;
-        for (int64_t threads : {1, 3}) {
-            c.poison(), c.call.threads = threads;
-            const int32_t status = nbhd_linear(&c.call);
-            const double off = status ? INFINITY : threads == 1 ? c.deviation() : 0;
-            worst = std::max(worst, off);
-            bool differs = false;
-            for (size_t k = 0; k < first.size(); k++) {
-                const Floats &now = *c.outputs()[k];
-                differs = differs || (now.size() && memcmp(first[k].data(), now.data(), now.size() * sizeof(float)));
-            }
-            if (off > 5e-6 || differs) {
-                printf("case %ld: off by %g (status %d), %d threads%s; gelu %d, scale %d, residual %d, ", i, off,
-                       status, int(threads), differs ? ", other bits than with one" : "", int(c.call.gelu),
-                       !!c.call.scale, !!c.call.residual);
-                return c.print(), 1;
-            }
-            for (const Floats *x : c.outputs()) first.push_back(*x);
-        }
-    }
-    hostile();
-    extremes();
-    printf("%s: %ld cases, worst deviation %.1e\n", nbhd_isa(), cases, worst);
-    return failures != 0;
+    return run_cases<Case>(argc, argv, is_right, [] { hostile(), extremes(); });
 }

@@ -188,40 +188,33 @@ void extremes() {
     }
 }
 
+// Right, and the same bits at any number of threads.
+bool is_right(Case &c, long i, double &worst) {
+    std::vector<Floats> first;
+    for (int64_t threads : {1, 2, 3}) {
+        for (Floats *x : c.outputs()) std::fill(x->begin(), x->end(), NAN);
+        c.call.threads = threads;
+        const int32_t status = nbhd_linear_gradients(&c.call);
+        for (size_t k = 0; k < c.wanted.size(); k++) {
+            const Floats &got = c.wanted[k].got;
+            const double off = status ? INFINITY : threads == 1 ? c.wanted[k].deviation() : 0;
+            const bool differs = threads > 1 && memcmp(first[k].data(), got.data(), got.size() * sizeof(float));
+            worst = std::max(worst, off);
+            if (off > 5e-6 || differs) {
+                printf("case %ld: %s is off by %g (status %d), %d threads%s; factor %g, added %d, ", i,
+                       c.wanted[k].name, off, status, int(threads), differs ? ", other bits than with one" : "",
+                       c.call.factor, !!c.call.added);
+                return c.print(), false;
+            }
+            if (threads == 1) first.push_back(got);
+        }
+        if (status) return printf("case %ld: status %d; ", i, status), c.print(), false;
+    }
+    return true;
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
-    if (!strcmp(nbhd_isa(), "none")) return printf("skipped: this machine has no %s\n", getenv("NBHD_CPU_ISA")), 77;
-    const long cases = argc > 1 ? atol(argv[1]) : 2000;
-    Random random(1);
-    double worst = 0;
-    for (long i = 0; i < cases; i++) {
-        Case c;
-        c.make(random, draw(random));
-        nbhd::poisons_scratch = i % 2 == 0;
-        std::vector<Floats> first;
-        for (int64_t threads : {1, 2, 3}) {
-            for (Floats *x : c.outputs()) std::fill(x->begin(), x->end(), NAN);
-            c.call.threads = threads;
-            const int32_t status = nbhd_linear_gradients(&c.call);
-            for (size_t k = 0; k < c.wanted.size(); k++) {
-                const Floats &got = c.wanted[k].got;
-                const double off = status ? INFINITY : threads == 1 ? c.wanted[k].deviation() : 0;
-                const bool differs = threads > 1 && memcmp(first[k].data(), got.data(), got.size() * sizeof(float));
-                worst = std::max(worst, off);
-                if (off > 5e-6 || differs) {
-                    printf("case %ld: %s is off by %g (status %d), %d threads%s; factor %g, added %d, ", i,
-                           c.wanted[k].name, off, status, int(threads), differs ? ", other bits than with one" : "",
-                           c.call.factor, !!c.call.added);
-                    return c.print(), 1;
-                }
-                if (threads == 1) first.push_back(got);
-            }
-            if (status) return printf("case %ld: status %d; ", i, status), c.print(), 1;
-        }
-    }
-    hostile();
-    extremes();
-    printf("%s: %ld cases, worst deviation %.1e\n", nbhd_isa(), cases, worst);
-    return failures != 0;
+    return run_cases<Case>(argc, argv, is_right, [] { hostile(), extremes(); });
 }
