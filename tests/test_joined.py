@@ -277,6 +277,16 @@ def test_sums_of_many_numbers_that_are_not_around_zero() -> None:
     compare(case.results(case.joined), case)
 
 
+@pytest.mark.parametrize("rows", [256, 2000])
+def test_gradients_without_end(rows: int) -> None:
+    case = Case(rows, 24, (40,), norm=False)
+    case.d_outputs[0][0, 0] = float("inf")
+    case.d_outputs[0][1, 1] = float("-inf")
+    case.d_outputs[0][:2, 2] = 3e38
+    ours, theirs = case.results(case.joined)[-1], case.results(case.by_pytorch)[-1]
+    assert torch.equal(ours[:3], theirs[:3]) and ours[3:].isfinite().all()
+
+
 @pytest.mark.parametrize(("features", "mean", "deviation"), [(1536, 1e5, 0.1), (96, 1e4, 0.01), (7, 1e5, 0.1)])
 def test_norms_of_numbers_far_from_zero(features: int, mean: float, deviation: float) -> None:
     batch = torch.randn(64, features) * deviation + mean
@@ -296,8 +306,8 @@ def test_norms_of_equal_numbers_are_nothing(number: float, features: int) -> Non
     assert outputs is not None and not outputs[0].any()
 
 
-def test_next_to_nothing_takes_no_longer() -> None:
-    """Where GELU's slope makes gradients smaller than a float's normal numbers they are nothing."""
+def test_next_to_nothing_is_nothing() -> None:
+    """Gradients that GELU's slope makes smaller than a float's normal numbers would take a hundred times as long."""
     sums = torch.tensor([[-13.0, 1.0] * 16] * 40)
     weight, bias = torch.nn.Parameter(torch.eye(32)), torch.nn.Parameter(torch.zeros(32))
     leaf = sums.clone().requires_grad_()
@@ -317,15 +327,22 @@ def test_a_weight_that_changes_before_the_backward_is_noticed() -> None:
         torch.autograd.backward(outputs, case.d_outputs)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints(reentrant: bool) -> None:
-    case = CASES["mlp of NAT"]
+def test_checkpoints_are_told() -> None:
+    """Of those that keep nothing and compare; the others compute under no_grad first, and may join both times."""
+    case, seen = CASES["mlp of NAT"], []
     expected = case.results(case.joined)
-    leaves = case.leaves()
-    output = checkpoint(lambda *t: case.joined(list(t))[0], *leaves, use_reentrant=reentrant)
-    output.backward(case.d_outputs[0])
-    found = [output, *(t.grad for t in leaves if t is not None)]
-    assert all(map(torch.equal, found, expected))
+    for reentrant in (False, True):
+        leaves = case.leaves()
+
+        def run(*tensors: Tensor) -> Tensor:
+            seen.append(may_join(tensors[0]))
+            return case.joined(list(tensors))[0]
+
+        output = checkpoint(run, *leaves, use_reentrant=reentrant)
+        output.backward(case.d_outputs[0])
+        found = [output, *(t.grad for t in leaves if t is not None)]
+        assert all(map(torch.equal, found, expected))
+    assert seen == [False, False, True, True]
 
 
 def test_tensors_at_odd_bytes() -> None:
@@ -390,6 +407,11 @@ def test_situations_that_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) ->
             assert not may_join(batch)
     with torch.device("cpu"), torch.inference_mode():  # says nothing but where new tensors go
         assert may_join(batch)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert not may_join(batch)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
     seen: list[bool] = []
     torch.func.vmap(lambda t: (seen.append(may_join(t)), t)[1])(batch)
     torch.func.grad(lambda t: (seen.append(may_join(t)), t.sum())[1])(batch)

@@ -56,17 +56,29 @@ def _is_watched() -> bool:
     )
 
 
+def _is_checkpointed() -> bool:
+    """Whether `torch.utils.checkpoint` keeps nothing and computes again, and has to find the same tensors then.
+
+    Whoever watches only once of the two times must not make a difference to it.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
 def may_join(input: Tensor) -> bool:
     """Whether `join` may be called with ``input`` here, and is faster.
 
-    That is: plain float32 in order in the CPU's memory, not too few rows, in eager mode without autocast or
-    ``torch.func``, and nobody watches, who would know PyTorch's operators only.
+    That is: plain float32 in order in the CPU's memory, not too few rows, in eager mode without autocast,
+    ``torch.func``, checkpoints or ``torch.backends.mkldnn.flags(enabled=False)``, and nobody watches, who would know
+    PyTorch's operators only.
     """
     return (
         not makes_a_graph()  # the first of all: a compiler would warn of the cache behind joined_layers_are_faster
         and joined_layers_are_faster()
         and not is_transformed()  # its tensors have no memory to ask for
         and not _is_watched()
+        and not _is_checkpointed()
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and is_dense(input, input.shape)
         and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0

@@ -13,8 +13,36 @@ from torch import nn
 
 from nbhd.linear import is_plain
 
-#: For each name of a part, the classes that it may have.
-Kinds = Mapping[str, tuple[type[nn.Module], ...]]
+
+class Kinds:
+    """The parts that a module may have; to be made when their classes are imported, before anybody changes these.
+
+    Args:
+        of_names: for each name of a part, the classes that it may have.
+    """
+
+    def __init__(self, of_names: Mapping[str, tuple[type[nn.Module], ...]]) -> None:
+        self._of_names = of_names
+        self._forwards = {kind: kind.forward for some in of_names.values() for kind in some}
+
+    def are_all_of(self, module: nn.Module) -> bool:
+        """Whether the parts of ``module`` are those, of these classes exactly, without hooks."""
+        parts = dict(module.named_modules(remove_duplicate=False))
+        del parts[""]
+        return (
+            parts.keys() == self._of_names.keys()
+            and all(type(part) in self._of_names[name] and is_plain(part) for name, part in parts.items())
+            and self.are_as_they_were()
+        )
+
+    def are_as_they_were(self) -> bool:
+        """Whether nobody has put another ``forward`` into the classes, or another way to call all modules."""
+        return (nn.Module.__call__, nn.Module._call_impl) == _CALLS and not any(
+            kind.forward is not forward for kind, forward in self._forwards.items()
+        )
+
+
+_CALLS = nn.Module.__call__, nn.Module._call_impl
 
 
 class OwnParts:
@@ -28,7 +56,6 @@ class OwnParts:
 
     def __init__(self, kinds: Kinds) -> None:
         self._kinds = kinds
-        self._forwards = {kind: kind.forward for some in kinds.values() for kind in some}
         self._seen: _Seen | None = None  # threads replace it as a whole
 
     def seen(self, module: nn.Module) -> object | None:
@@ -37,26 +64,15 @@ class OwnParts:
         They are looked at closely the first time, and again when they are others. The module's own hooks do not matter:
         they are run by whoever calls it.
         """
-        if nn.modules.module._has_any_global_hook():
-            return None
-        if any(kind.forward is not forward for kind, forward in self._forwards.items()):
+        if nn.modules.module._has_any_global_hook() or not self._kinds.are_as_they_were():
             return None
         seen = self._seen
         if seen is None or not seen.is_of(module):
             self._seen = None
-            if not has_own_parts(module, self._kinds):
+            if not self._kinds.are_all_of(module):
                 return None
             seen = self._seen = _Seen(module)
         return seen
-
-
-def has_own_parts(module: nn.Module, kinds: Kinds) -> bool:
-    """Whether the parts of ``module`` are those, of these classes exactly, without hooks."""
-    parts = dict(module.named_modules(remove_duplicate=False))
-    del parts[""]
-    return parts.keys() == kinds.keys() and all(
-        type(part) in kinds[name] and is_plain(part) for name, part in parts.items()
-    )
 
 
 class _Seen:

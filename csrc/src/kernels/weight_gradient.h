@@ -87,7 +87,9 @@ struct ColumnSums {
     void add(int64_t column, int64_t left, Vec x) const {
         if (adds) {
             const Vec before = load_some(sums + column, left), y = x - load(lost + column), after = before + y;
-            store(lost + column, (after - before) - y), store_some(sums + column, after, left);
+            const Vec rest = (after - before) - y;
+            store(lost + column, rest == rest ? rest : Vec{}); // of infinity there is none
+            store_some(sums + column, after, left);
         } else {
             store(lost + column, Vec{}), store_some(sums + column, x, left);
         }

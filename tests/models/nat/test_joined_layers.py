@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbhd import joined
 from nbhd.backends import cpu
 from nbhd.models import NatConfig, NatForImageClassification
 from nbhd.models.nat import joined_layers
-from nbhd.models.nat.layers import NatDropPath, NatLayer
+from nbhd.models.nat.layers import NatDropPath, NatLayer, NatOutput, NeighborhoodAttention
 
 pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
 
@@ -376,13 +377,32 @@ def test_functions_that_somebody_has_replaced(kind: str, calls: list[str], monke
     assert not calls and seen
 
 
-def test_classes_that_somebody_has_changed(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen, real = model_of().eval(), [], nn.LayerNorm.forward
+@pytest.mark.parametrize("when", ["before", "later", "in a copy"])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, NatOutput, NeighborhoodAttention, nn.Module])
+def test_classes_that_somebody_has_changed(
+    kind: type[nn.Module], when: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen, name = model_of().eval(), [], "__call__" if kind is nn.Module else "forward"
+    real = getattr(kind, name)
+    if when != "before":
+        model(PIXELS)
+    if when == "in a copy":
+        model = copy.deepcopy(model)
+    calls.clear()
+    monkeypatch.setattr(kind, name, lambda self, *args, **options: (seen.append(self), real(self, *args, **options))[1])
+    model(PIXELS)
+    assert not calls and len(seen) >= 3
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["_attend", "_attention_branch", "_mlp_branch", "_scale"])
+def test_methods_that_somebody_has_changed(name: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, real = model_of().eval(), [], getattr(NatLayer, name)
     model(PIXELS)
     calls.clear()
-    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: (seen.append(self), real(self, x))[1])
+    monkeypatch.setattr(NatLayer, name, lambda self, *args: (seen.append(self), real(self, *args))[1])
     model(PIXELS)
-    assert not calls and first_layer(model).layernorm_after in seen
+    assert not calls and len(seen) >= 3
 
 
 def test_subclasses_and_replaced_methods(calls: list[str]) -> None:
@@ -494,7 +514,7 @@ def test_graphs_transforms_and_counters_have_the_plain_layers(calls: list[str]) 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpoints(reentrant: bool, calls: list[str]) -> None:
-    """Have the plain layers: what is computed again must not depend on who watches then."""
+    """Have the plain layers where tensors have to be the same when they are computed again, whoever watches then."""
     model = model_of().train()
     expected = step(model)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -505,11 +525,24 @@ def test_gradient_checkpoints(reentrant: bool, calls: list[str]) -> None:
     loss = model(pixel_values=PIXELS, labels=LABELS).loss
     with FlopCounterMode(display=False) as counter:
         loss.backward()
-    assert not calls and counter.get_total_flops() > 0
+    assert bool(calls) is reentrant and counter.get_total_flops() > 0
     close([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], expected)
     with torch.no_grad():
+        calls.clear()
         model.eval()(PIXELS)
     assert calls
+
+
+def test_checkpoints_of_a_caller(calls: list[str]) -> None:
+    layer, batch = first_layer(model_of()), torch.randn(2, 8, 8, 32, requires_grad=True)
+    expected = torch.autograd.grad(layer(batch)[0].square().sum(), batch)[0]
+    calls.clear()
+    handle = layer.output.register_forward_hook(lambda *args: None)
+    output = checkpoint(lambda x: layer(x)[0], batch, use_reentrant=False)
+    handle.remove()
+    output.square().sum().backward()
+    assert not calls
+    torch.testing.assert_close(batch.grad, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_gradients_of_gradients(calls: list[str], plainly: Callable) -> None:

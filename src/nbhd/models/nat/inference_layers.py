@@ -19,7 +19,7 @@ from nbhd.models.nat.layers import (
     NeighborhoodAttentionOutput,
     has_exact_gelu,
 )
-from nbhd.own_parts import Kinds, has_own_parts
+from nbhd.own_parts import Kinds
 from nbhd.packed import Layers, PackedLinear
 
 PARTS = ("query", "key", "value")
@@ -140,7 +140,7 @@ class PackedNatLayer(NatLayer):
     @staticmethod
     def suits(layer: nn.Module) -> bool:
         """Whether ``layer`` is a `NatLayer` made of nothing but its own parts, its linear layers packed."""
-        return type(layer) is NatLayer and has_own_parts(layer, _PARTS) and has_exact_gelu(layer.intermediate)
+        return type(layer) is NatLayer and _PARTS.are_all_of(layer) and has_exact_gelu(layer.intermediate)
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         """``(B, H, W, dim)`` to the same, and the attention probabilities if asked for."""
@@ -167,6 +167,10 @@ class PackedNatLayer(NatLayer):
         if found is None or found[0] is not seen:
             found = self._whole = seen, _Whole(self)
         return found[1]
+
+    def _runs_joined(self, hidden_states: Tensor) -> bool:
+        """In no other way than its own."""
+        return False
 
     def _kinds_of_parts(self) -> Kinds:
         return _PARTS
@@ -208,7 +212,7 @@ class _Whole:
 
 
 #: The parts that a layer may have to run as a whole.
-_PARTS: Kinds = {
+_PARTS = Kinds({
     "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity,),
     "attention": (NeighborhoodAttentionModule,), "attention.self": (FusedNeighborhoodAttention,),
     "attention.self.qkv": (PackedLinear,), "attention.output": (NeighborhoodAttentionOutput,),
@@ -216,4 +220,4 @@ _PARTS: Kinds = {
     "intermediate": (NatIntermediate,), "intermediate.dense": (PackedLinear,),
     "intermediate.intermediate_act_fn": (GELUActivation,), "output": (NatOutput,), "output.dense": (PackedLinear,),
     "output.dropout": (nn.Identity,),
-}  # fmt: skip
+})  # fmt: skip

@@ -243,6 +243,9 @@ def _is_open(side: int, window_size: int) -> bool:
 class NatLayer(GradientCheckpointingLayer):
     """Attention and MLP, each a residual branch with layer norm, optional layer scale and stochastic depth."""
 
+    #: Made when it is first wanted, and no part of copies and pickles.
+    _own_parts: OwnParts | None = None
+
     def __init__(
         self, config: NatConfig, dim: int, num_heads: int, drop_path_rate: float = 0.0, dilation: int = 1
     ) -> None:
@@ -282,19 +285,16 @@ class NatLayer(GradientCheckpointingLayer):
         """Whether the layer is computed in a few calls: where that is faster, and nobody can tell."""
         return (
             may_join(hidden_states)  # the first of all: in graphs nothing of this is to be looked at
-            and type(self) is NatLayer
-            and _BRANCHES.isdisjoint(self.__dict__)
-            # a checkpoint computes it again, and has to find the same tensors whoever watches then
-            and not (self.gradient_checkpointing and self.training)
             and self._has_own_parts() is not None
             and has_exact_gelu(self.intermediate)
             and joined_layers.suits(self, hidden_states)
         )
 
-    _own_parts: OwnParts | None = None
-
     def _has_own_parts(self) -> object | None:
-        """None if the layer has not its own parts (`nbhd.own_parts`); the same object while it has."""
+        """None if the layer has not its own parts and methods (`nbhd.own_parts`); the same object while it has."""
+        kind = type(self)
+        if any(getattr(kind, n) is not m for n, m in _METHODS.items()) or not _METHODS.keys().isdisjoint(self.__dict__):
+            return None
         if self._own_parts is None:
             self._own_parts = OwnParts(self._kinds_of_parts())
         return self._own_parts.seen(self)
@@ -302,7 +302,7 @@ class NatLayer(GradientCheckpointingLayer):
     def _kinds_of_parts(self) -> Kinds:
         return _PARTS
 
-    def __getstate__(self) -> dict[str, Any]:  # of copies as well
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_own_parts"}
 
     def _add(
@@ -415,7 +415,7 @@ class NatLayer(GradientCheckpointingLayer):
 
 
 #: The parts that a layer may have to be computed in a few calls.
-_PARTS: Kinds = {
+_PARTS = Kinds({
     "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity, NatDropPath),
     "attention": (NeighborhoodAttentionModule,), "attention.self": (NeighborhoodAttention,),
     "attention.self.query": (Linear,), "attention.self.key": (Linear,), "attention.self.value": (Linear,),
@@ -423,11 +423,14 @@ _PARTS: Kinds = {
     "attention.output.dense": (Linear,), "attention.output.dropout": (nn.Dropout,), "intermediate": (NatIntermediate,),
     "intermediate.dense": (Linear,), "intermediate.intermediate_act_fn": (GELUActivation,), "output": (NatOutput,),
     "output.dense": (Linear,), "output.dropout": (nn.Dropout,),
-}  # fmt: skip
+})  # fmt: skip
 
 
-#: Methods that it computes its branches with otherwise.
-_BRANCHES = frozenset(("_add", "_add_for_some", "_attend", "_attention_branch", "_mlp_branch", "_scale"))
+#: What it computes its branches with otherwise, as it is here.
+_METHODS = {
+    name: getattr(NatLayer, name)
+    for name in ("_add", "_add_for_some", "_attend", "_attention_branch", "_mlp_branch", "_scale")
+}
 
 
 class NatStage(nn.Module):
