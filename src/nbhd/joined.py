@@ -1,9 +1,9 @@
 """A layer norm, linear layers and the exact GELU between two of them in one call of the native core, with gradients.
 
-What lies between the layers never leaves a thread's cache, and of it only what GELU was taken of is kept for the
-backward, which computes the rest again: PyTorch's layers keep the norm's output and GELU's too. In the backward the
-gradients of inputs, of the norm and of all weights are one call as well. Weights are packed at each call, which is a
-small part of it from a few dozen rows on; for inference `nbhd.packed` keeps them packed.
+Of what lies between the layers only what GELU was taken of is kept for the backward, which computes the rest again:
+PyTorch's layers keep the norm's output and GELU's too. In the backward the gradients of inputs, of the norm and of all
+weights are one call as well. Weights are packed at each call, which is a small part of it from a few dozen rows on; for
+inference `nbhd.packed` keeps them packed.
 """
 
 from __future__ import annotations
@@ -208,11 +208,10 @@ class _Join(torch.autograd.Function):
         hidden_bias, *biases = ctx.biases
         last = (tensor for pair in zip(weights, biases, strict=True) for tensor in pair)
         kept = _Kept(batch, moments, sums, (norm_weight, norm_bias, hidden_weight, hidden_bias, *last))
-        kept.expect(ctx.call, ctx.shape)
+        kept.expect(ctx.shape)
         found = None
         # Where grad is enabled the gradient itself is to be differentiated, which PyTorch's operators know how to.
-        is_plain = not (torch.is_grad_enabled() or is_transformed() or _is_watched() or any(map(is_special, d_outputs)))
-        if is_plain:
+        if not (torch.is_grad_enabled() or is_transformed() or _is_watched() or any(map(is_special, d_outputs))):
             found = _backward(ctx.call, kept, d_outputs, (wants_batch, *wants))
         if found is None:
             found = _backward_by_pytorch(ctx.call, kept, d_outputs, (wants_batch, *wants))
@@ -227,7 +226,8 @@ class _Kept(NamedTuple):
     sums: Tensor | None
     parameters: tuple[Tensor | None, ...]
 
-    def expect(self, call: _Call, shape: Sequence[int]) -> None:
+    def expect(self, shape: Sequence[int]) -> None:
+        """Refuse what has come back changed; ``shape`` is that of the input."""
         expect_kept("the input", self.batch, shape, torch.float32)
         rows = self.batch.numel() // shape[-1]
         expect_kept("the moments of a norm", self.moments, (rows, 2), torch.float32)

@@ -8,7 +8,6 @@
 #pragma once
 #include "layer_norm.h"
 #include "product.h"
-#include <initializer_list>
 
 namespace nbhd::NBHD_ISA {
 
@@ -305,9 +304,9 @@ static WeightPlan plan_of(const WeightProduct &p, Strip *strips, int64_t tasks, 
         plan.rows_of_slice = rows_of_slice, plan.slices = cut(p.rows, rows_of_slice);
         return plan;
     }
-    plan.slices = p.rows / slice_rows;
-    for (const int64_t limit : {most_slices, most_partial / plan.partial_size})
-        if (plan.slices > limit) plan.slices = limit;
+    const int64_t wanted = p.rows / slice_rows, fit = most_partial / plan.partial_size;
+    plan.slices = wanted < most_slices ? wanted : most_slices;
+    if (plan.slices > fit) plan.slices = fit;
     if (plan.slices < 1) plan.slices = 1;
     plan.rows_of_slice = cut(cut(p.rows, gradient_depth), plan.slices) * gradient_depth;
     plan.slices = cut(p.rows, plan.rows_of_slice);
