@@ -127,13 +127,10 @@ static void linear_task(int64_t i, void *context) {
 static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
     const int64_t panels = stage == Stage::hidden ? job.hidden.n_panels() : job.last_panels();
     job.stage = stage;
-    job.groups = stage == Stage::whole ? Groups{1, 1, {nullptr, 1}} : Groups{panels, job.blocks.count, threads};
+    job.groups = stage == Stage::whole ? Groups{} : Groups{panels, job.blocks.count, threads};
     // Small weights stay in the cache, and there is time to ask for something else.
     constexpr int64_t run = 4;
-    const LinearLayers &l = *job.l;
-    int64_t weights = l.hidden.out * l.in;
-    for (int p = 0; p < l.n_last; p++) weights += l.last[p].out * (l.hidden.out ? l.hidden.out : l.in);
-    const bool is_small = weights <= small_weights && job.groups.count == 1;
+    const bool is_small = numbers_of_weights(*job.l) <= small_weights && job.groups.count == 1;
     job.run = is_small && job.blocks.count >= 4 * run * threads.count ? run : 1;
     run_tasks(threads, job.run > 1 ? (job.blocks.count + run - 1) / run : job.blocks.count * job.groups.count,
               linear_task, &job);
@@ -141,7 +138,7 @@ static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
 }
 
 static bool linear(const LinearLayers &l, const Threads &threads) {
-    LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, l.in}, {1, 1, {nullptr, 1}}, Stage::whole, 1, false};
+    LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, l.in}, {}, Stage::whole, 1, false};
     Packing packings[1 + most_layers];
     Weight *packed[1 + most_layers];
     int n = 0;

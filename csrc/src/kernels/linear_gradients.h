@@ -202,13 +202,12 @@ static bool input_gradients(GradientJob &job, const Threads &threads) {
     return !job.failed;
 }
 
-static void add_up(const float *blocks, int64_t count, int64_t stride, int64_t n, float *to) {
+// The sum of what all blocks have for one of the norm's gradients.
+static void gather_blocks(const GradientJob &job, const float *of_blocks, float *to) {
+    const int64_t n = job.g->in;
     if (!to) return;
-    for (int64_t i = 0; i < n; i += lanes) {
-        Vec sum = load_some(blocks + i, n - i);
-        for (int64_t b = 1; b < count; b++) sum += load_some(blocks + b * stride + i, n - i);
-        store_some(to + i, sum, n - i);
-    }
+    copy(of_blocks, n, to, n, 1, n);
+    add_up(of_blocks + 2 * n, job.blocks.count - 1, 2 * n, n, to);
 }
 
 // The products that make the wanted gradients of weights. Returns how many.
@@ -246,10 +245,7 @@ static bool linear_gradients(const LinearGradients &g, const Threads &threads) {
     job.g = &g, job.blocks = {g.rows, g.hidden.out > g.in ? g.hidden.out : g.in};
     job.wants_input = g.d_input || (g.norm.is_there && (g.d_norm_weight || g.d_norm_bias));
     job.hidden_stride = has_hidden ? padded(g.hidden.out) : 0;
-    int64_t weights = 0;
-    for (int p = 0; p < g.n_last; p++) weights += g.last[p].out * (has_hidden ? g.hidden.out : g.in);
-    weights += g.hidden.out * g.in;
-    const bool by_slices = weights <= small_weights && job.blocks.count >= 4 * least_blocks_of_slice;
+    const bool by_slices = numbers_of_weights(g) <= small_weights && job.blocks.count >= 4 * least_blocks_of_slice;
     const bool needs_blocks = job.wants_input || (has_hidden && (g.d_hidden_weight || g.d_hidden_bias));
     bool done = true;
     float *packed = nullptr;
@@ -287,8 +283,8 @@ static bool linear_gradients(const LinearGradients &g, const Threads &threads) {
         done = (!needs_blocks || input_gradients(job, threads)) && (!n || weight_gradients(products, n, threads));
     }
     if (done && g.norm.is_there && job.wants_input) {
-        add_up(job.of_norm, job.blocks.count, 2 * g.in, g.in, g.d_norm_weight);
-        add_up(job.of_norm + g.in, job.blocks.count, 2 * g.in, g.in, g.d_norm_bias);
+        gather_blocks(job, job.of_norm, g.d_norm_weight);
+        gather_blocks(job, job.of_norm + g.in, g.d_norm_bias);
     }
     release(job.of_norm), release(job.d_hidden), release(packed);
     return done;

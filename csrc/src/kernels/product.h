@@ -310,6 +310,14 @@ struct Blocks {
 // Numbers of weights that stay in a second-level cache, half of it with their packed copies.
 constexpr int64_t small_weights = int64_t(1) << 17;
 
+// Numbers of all weights of a call, forward or backward.
+template <class Call>
+static int64_t numbers_of_weights(const Call &c) {
+    int64_t n = c.hidden.out * c.in;
+    for (int p = 0; p < c.n_last; p++) n += c.last[p].out * (c.hidden.out ? c.hidden.out : c.in);
+    return n;
+}
+
 // Where blocks are few, several tasks share the panels of each.
 struct Groups {
     int64_t panels, count;

@@ -256,19 +256,20 @@ static void weight_task(int64_t i, void *context) {
     }
 }
 
+// Adds `count` pieces of n numbers, `stride` apart, to what is there, one after another.
+static void add_up(const float *pieces, int64_t count, int64_t stride, int64_t n, float *to) {
+    for (int64_t i = 0; i < n; i += lanes) {
+        Vec sum = load_some(to + i, n - i);
+        for (int64_t p = 0; p < count; p++) sum += load_some(pieces + p * stride + i, n - i);
+        store_some(to + i, sum, n - i);
+    }
+}
+
 // The slices' sums, added to the first one's.
 struct Gather {
     const WeightPlan *plan;
     int64_t numbers; // of a task
 };
-static void gather(const WeightPlan &plan, float *to, int64_t at, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += lanes) {
-        Vec sum = load_some(to + i, end - i);
-        for (int64_t s = 1; s < plan.slices; s++)
-            sum += load_some(plan.partial + (s - 1) * plan.partial_size + at + i, end - i);
-        store_some(to + i, sum, end - i);
-    }
-}
 static void gather_task(int64_t i, void *context) {
     const Gather &job = *(const Gather *)context;
     const WeightPlan &plan = *job.plan;
@@ -277,7 +278,7 @@ static void gather_task(int64_t i, void *context) {
     const auto take = [&](float *to, int64_t size) {
         if (!to) return;
         const int64_t from = begin - at > 0 ? begin - at : 0, until = end - at < size ? end - at : size;
-        if (from < until) gather(plan, to, at, from, until);
+        if (from < until) add_up(plan.partial + at + from, plan.slices - 1, plan.partial_size, until - from, to + from);
         at += size;
     };
     for (int l = 0; l < plan.p->layers; l++) take(plan.p->d_weight[l], plan.p->out[l] * plan.p->in);
