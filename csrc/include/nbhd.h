@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NBHD_ABI_VERSION 4
+#define NBHD_ABI_VERSION 5
 
 enum {
     NBHD_OK = 0,
@@ -95,23 +95,27 @@ typedef struct nbhd_weight {
     int64_t out; /* 0: there is no such layer */
     const float *
         panels; /* [ceil(out / NBHD_PANEL)][in][NBHD_PANEL]; zeros past the last output; null: the call packs `source` */
-    const float *
+    /* of the call's parameter_dtype */
+    const void *
         source; /* [out][in], dense; beside `panels` it is what they were made of, some of its numbers are compared, or null */
-    const float *bias; /* [out], or null */
+    const void *bias; /* [out], or null */
 } nbhd_weight;
 
 #define NBHD_PANEL 32
 #define NBHD_LAYERS 3
 
-/* Linear layers over rows of float32, and what stands around them in a transformer. Columns are contiguous; outputs share no
- * memory with anything else. */
+/* Linear layers over rows, and what stands around them in a transformer. Rows are of `dtype` and what is learned is of
+ * `parameter_dtype`, each of them float32, bfloat16 or float16. It is computed in float32 and rounded where it is written. Columns are contiguous; outputs share no memory with anything
+ * else. */
 typedef struct nbhd_linear_call {
     int64_t size; /* sizeof(nbhd_linear_call) of the caller */
+    int64_t dtype, parameter_dtype;
     int64_t rows, in;
-    const float *input;
+    const void *input;    /* [rows][in] of dtype; so are residual and output */
     int64_t input_stride; /* from row to row, in elements, at least the number of columns; so are the others */
-    int64_t norm; /* 1: layer norm of the input's rows, with norm_weight and norm_bias, [in], or null; 0: none */
-    const float *norm_weight, *norm_bias;
+    int64_t
+        norm; /* 1: layer norm of the input's rows, with norm_weight and norm_bias, [in] of parameter_dtype, or null; 0: none */
+    const void *norm_weight, *norm_bias;
     double norm_epsilon;
     nbhd_weight hidden; /* a layer and the exact GELU before the last layer */
     nbhd_weight last
@@ -119,9 +123,9 @@ typedef struct nbhd_linear_call {
     /* with one last layer only */
     int64_t gelu;       /* 1: the exact GELU after the last layer; 0: none */
     const float *scale; /* [out], or null */
-    const float *residual;
+    const void *residual;
     int64_t residual_stride;
-    float *output[NBHD_LAYERS]; /* [rows][out] of each */
+    void *output[NBHD_LAYERS]; /* [rows][out] of each */
     int64_t output_stride[NBHD_LAYERS];
     /* for the gradients, or null */
     float *moments; /* [rows][2]: mean and 1 / sqrt(variance + norm_epsilon) */
@@ -133,8 +137,8 @@ typedef struct nbhd_linear_call {
 /* output = residual + scale * gelu(last(gelu(hidden(norm(input))))), with those parts that are there. */
 NBHD_API int32_t nbhd_linear(const nbhd_linear_call *call);
 
-/* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense. Of a weight it is `source` that is read. What is
- * asked of parts that are not there is not written. */
+/* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense, and all of them float32. Of a weight it is
+ * `source` that is read. What is asked of parts that are not there is not written. */
 typedef struct nbhd_linear_gradients_call {
     int64_t size; /* sizeof(nbhd_linear_gradients_call) of the caller */
     int64_t rows, in;

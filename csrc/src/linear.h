@@ -10,20 +10,28 @@ constexpr int most_layers = 3; // of the same input
 
 struct Weight {
     int64_t out;
-    const float *panels, *source, *bias; // panels: or null, source is to be packed; bias: or null
+    const float *panels; // or null: source is to be packed
+    const void *source;  // of the call's parameter_dtype
+    const float *bias;   // or null
 
     int64_t n_panels() const { return (out + panel_columns - 1) / panel_columns; }
 };
 
 // Matrices of rows; columns are contiguous.
-struct Rows {
-    const float *data;
+template <class T>
+struct RowsOf {
+    const T *data;
     int64_t stride;
 
-    Rows from(int64_t row) const { return {data ? data + row * stride : nullptr, stride}; }
+    RowsOf from(int64_t row) const { return {data ? data + row * stride : nullptr, stride}; }
 };
+using Rows = RowsOf<float>;
 struct Output {
     float *data;
+    int64_t stride;
+};
+struct Elements { // of the call's dtype
+    void *data;
     int64_t stride;
 };
 
@@ -34,8 +42,9 @@ struct Norm {
 
 // output = residual + scale * last(gelu(hidden(norm(input)))), with the parts that a call has.
 struct LinearLayers {
+    Dtype dtype, parameter_dtype; // not float64
     int64_t rows, in;
-    Rows input;
+    Elements input;
     Norm norm;
     float epsilon;
     Weight hidden; // without outputs: there is none
@@ -43,8 +52,8 @@ struct LinearLayers {
     int n_last;
     bool gelu;          // after the last layer
     const float *scale; // or null
-    Rows residual;      // without data: none
-    Output output[most_layers];
+    Elements residual;  // without data: none
+    Elements output[most_layers];
     float *moments, *sums; // or null: nobody wants them
 };
 

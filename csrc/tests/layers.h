@@ -12,6 +12,7 @@
 
 #include "../include/nbhd.h"
 #include "../src/problem.h"
+#include "elements.h"
 
 namespace layers {
 
@@ -218,18 +219,20 @@ void hostile() {
     refuse(NBHD_UNSUPPORTED, "more than one after a hidden layer", [](Case &c) { c.call.last[1] = c.call.last[0]; });
     for (auto member : {&Call::norm_weight, &Call::norm_bias})
         refuse(NBHD_BAD_POINTER, "misaligned", [=](Case &c) { c.call.*member = odd(c.call.*member); });
-    for (auto member : {&nbhd_weight::panels, &nbhd_weight::source, &nbhd_weight::bias}) {
+    const auto misaligned = [&](auto member) {
         refuse(NBHD_BAD_POINTER, "misaligned", [=](Case &c) { c.call.hidden.*member = odd(c.call.hidden.*member); });
         for (int i = 0; i < NBHD_LAYERS; i++)
             refuse(
                 NBHD_BAD_POINTER, "misaligned", [=](Case &c) { c.call.last[i].*member = odd(c.call.last[i].*member); },
                 NBHD_LAYERS);
-    }
-    refuse(NBHD_BAD_POINTER, "no weight", [](Case &c) { c.call.hidden.panels = c.call.hidden.source = nullptr; });
+    };
+    misaligned(&nbhd_weight::panels), misaligned(&nbhd_weight::source), misaligned(&nbhd_weight::bias);
+    refuse(NBHD_BAD_POINTER, "no weight",
+           [](Case &c) { c.call.hidden.panels = nullptr, c.call.hidden.source = nullptr; });
     for (int i = 0; i < NBHD_LAYERS; i++) {
         refuse(
-            NBHD_BAD_POINTER, "no weight", [=](Case &c) { c.call.last[i].panels = c.call.last[i].source = nullptr; },
-            NBHD_LAYERS);
+            NBHD_BAD_POINTER, "no weight",
+            [=](Case &c) { c.call.last[i].panels = nullptr, c.call.last[i].source = nullptr; }, NBHD_LAYERS);
         refuse(
             NBHD_STALE_WEIGHT, "another weight",
             [=](Case &c) {

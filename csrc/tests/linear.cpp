@@ -9,15 +9,25 @@ namespace {
 
 using namespace layers;
 
+using Halves = std::vector<uint16_t>;
+
 struct Case : Network {
     int64_t input_stride = 0, residual_stride = 0;
     Floats input, scale, residual, output[NBHD_LAYERS], moments, sums;
+    Halves half_output[NBHD_LAYERS];
+    std::vector<Halves> halves; // of what is given
     nbhd_linear_call call{};
 
     static int32_t run(const nbhd_linear_call *c) { return nbhd_linear(c); }
     std::vector<Floats *> outputs() { return {&output[0], &output[1], &output[2], &moments, &sums}; }
 
+    // Rows and parameters are float32 or, of a shape that leaves something out, of any dtype.
     void make(Random &random, const Shape &s) {
+        const auto dtype = [&] { return s.all ? int64_t(NBHD_FLOAT32) : std::max(int64_t(0), between(random, -1, 2)); };
+        const int64_t of_rows = dtype();
+        make(random, s, of_rows, dtype());
+    }
+    void make(Random &random, const Shape &s, int64_t dtype, int64_t parameter_dtype) {
         Network::make(random, s, call);
         const auto maybe = [&] { return s.all || between(random, 0, 1); };
         const bool aliases = !between(random, 0, 19), is_one = n_last() == 1;
@@ -36,11 +46,46 @@ struct Case : Network {
         }
         if (s.norm && maybe()) moments.resize(size_t(2 * s.rows)), call.moments = moments.data();
         if (s.hidden && maybe()) sums.resize(size_t(s.rows * s.hidden)), call.sums = sums.data();
+        round_to(dtype, parameter_dtype);
         poison();
+    }
+    // What is left of the numbers in these types is what the truth is made of.
+    void round_to(int64_t dtype, int64_t parameter_dtype) {
+        call.dtype = dtype, call.parameter_dtype = parameter_dtype;
+        const auto rounded = [&](Floats &x, int64_t to) -> const void * {
+            if (x.empty()) return nullptr;
+            if (to == NBHD_FLOAT32) return x.data();
+            Halves &h = halves.emplace_back(x.size());
+            for (size_t i = 0; i < x.size(); i++) put(&h[i], to, x[i]), x[i] = float(get(&h[i], to));
+            return h.data();
+        };
+        const auto learned = [&](Floats &x) { return rounded(x, parameter_dtype); };
+        const auto layer = [&](Layer &of, nbhd_weight &w) {
+            w.source = learned(of.weight), w.bias = learned(of.bias);
+            learned(of.panels); // which are floats all the same
+        };
+        call.input = rounded(input, dtype), call.residual = rounded(residual, dtype);
+        call.norm_weight = learned(norm_weight), call.norm_bias = learned(norm_bias);
+        layer(hidden, call.hidden);
+        for (int i = 0; i < n_last(); i++) {
+            layer(last[i], call.last[i]);
+            if (dtype == NBHD_FLOAT32) continue;
+            half_output[i].resize(output[i].size()), call.output[i] = half_output[i].data();
+        }
+    }
+    int32_t run() {
+        const int32_t status = run(&call);
+        if (call.dtype)
+            for (int i = 0; i < n_last(); i++)
+                for (size_t k = 0; k < output[i].size(); k++) output[i][k] = float(get(&half_output[i][k], call.dtype));
+        return status;
     }
     void poison() {
         for (Floats *x : outputs()) std::fill(x->begin(), x->end(), NAN);
+        for (Halves &x : half_output) std::fill(x.begin(), x.end(), uint16_t(0xffff)); // NaN of both
     }
+    // Of what a row's numbers are rounded to when they are written.
+    double rounding() const { return call.dtype == NBHD_BFLOAT16 ? 0x1p-8 : call.dtype == NBHD_FLOAT16 ? 0x1p-11 : 0; }
     // The largest deviation, as a multiple of the largest number of the row.
     static double deviation(const Floats &got, int64_t stride, const Matrix &wanted) {
         double most = 0;
@@ -68,7 +113,7 @@ struct Case : Network {
                     if (call.scale) y[r][o] *= scale[size_t(o)];
                     if (call.residual) y[r][o] += residual[size_t(r * residual_stride + o)];
                 }
-            most = std::max(most, deviation(output[i], call.output_stride[i], y));
+            most = std::max(most, deviation(output[i], call.output_stride[i], y) - rounding());
         }
         if (call.sums) most = std::max(most, deviation(sums, shape.hidden, v.sums));
         for (size_t i = 0; i < moments.size(); i++) { // each by itself: a mean and a factor have no common size
@@ -96,7 +141,8 @@ void hostile() {
     refuse(NBHD_BAD_SHAPE, "outputs that overlap", [](Case &c) { c.call.output_stride[0] = c.call.last[0].out - 1; });
     for (double e : {-1., double(NAN), double(INFINITY)})
         refuse(NBHD_BAD_SHAPE, "epsilon", [=](Case &c) { c.call.norm_epsilon = e; });
-    for (auto member : {&nbhd_linear_call::input, &nbhd_linear_call::scale, &nbhd_linear_call::residual})
+    refuse(NBHD_BAD_POINTER, "misaligned", [](Case &c) { c.call.scale = odd(c.call.scale); });
+    for (auto member : {&nbhd_linear_call::input, &nbhd_linear_call::residual})
         refuse(NBHD_BAD_POINTER, "misaligned", [=](Case &c) { c.call.*member = odd(c.call.*member); });
     for (auto member : {&nbhd_linear_call::moments, &nbhd_linear_call::sums})
         refuse(NBHD_BAD_POINTER, "misaligned", [=](Case &c) { c.call.*member = odd(c.call.*member); });
@@ -111,6 +157,63 @@ void hostile() {
     refuse(NBHD_UNSUPPORTED, "several residuals", [&](Case &c) { c.call.residual = &one; }, NBHD_LAYERS);
     refuse(NBHD_OK, "no source", [](Case &c) { c.last[0].weight[0] = 7, c.call.last[0].source = nullptr; });
     refuse(NBHD_OK, "no rows", [](Case &c) { c.call.rows = 0, c.call.input = nullptr, c.call.output[0] = nullptr; });
+}
+
+// 16-bit calls: what they refuse, and numbers at the ends of their range.
+void halves() {
+    for (int64_t dtype : {int64_t(-1), int64_t(NBHD_FLOAT64), int64_t(4), int64_t(INT64_MAX), int64_t(INT64_MIN)})
+        for (auto member : {&nbhd_linear_call::dtype, &nbhd_linear_call::parameter_dtype})
+            refuse(NBHD_BAD_DTYPE, "dtype", [=](Case &c) { c.call.*member = dtype; });
+    for (int64_t dtype : {NBHD_BFLOAT16, NBHD_FLOAT16}) {
+        const auto expect = [=](int32_t wanted, const char *what, const std::function<void(Case &)> &change) {
+            Random random(7);
+            Case c;
+            c.make(random, {5, 7, 9, {33, 0, 0}, true, true}, dtype, dtype);
+            change(c);
+            const int32_t status = c.run();
+            if (status != wanted) printf("%s: status %d, expected %d\n", what, status, wanted), failures++;
+            if (status != NBHD_OK && !is_untouched(c.output[0])) printf("%s: wrote all the same\n", what), failures++;
+        };
+        expect(NBHD_OK, "16 bits", [](Case &) {});
+        for (auto member : {&nbhd_linear_call::input, &nbhd_linear_call::residual, &nbhd_linear_call::norm_weight,
+                            &nbhd_linear_call::norm_bias})
+            expect(NBHD_BAD_POINTER, "odd", [=](Case &c) { c.call.*member = odd(c.call.*member); });
+        for (auto member : {&nbhd_weight::source, &nbhd_weight::bias})
+            expect(NBHD_BAD_POINTER, "odd", [=](Case &c) { c.call.last[0].*member = odd(c.call.last[0].*member); });
+        expect(NBHD_BAD_POINTER, "odd output", [](Case &c) { c.call.output[0] = odd(c.call.output[0]); });
+        expect(NBHD_STALE_WEIGHT, "another weight", [](Case &c) { c.last[0].panels[0] *= 2; });
+        expect(NBHD_OK, "packed by the call", [](Case &c) { c.call.last[0].panels = nullptr; });
+        // Each of the 65,536 numbers through a layer that does nothing: as it was, and NaN as NaN.
+        std::vector<uint16_t> input(65536), output(65536);
+        for (size_t i = 0; i < input.size(); i++) input[i] = uint16_t(i);
+        uint16_t one;
+        put(&one, dtype, 1);
+        for (int packed : {0, 1}) {
+            float panel[NBHD_PANEL] = {1};
+            nbhd_linear_call c{};
+            c.size = sizeof c, c.dtype = c.parameter_dtype = dtype, c.rows = 65536,
+            c.in = c.input_stride = c.output_stride[0] = 1;
+            c.input = input.data(), c.output[0] = output.data(), c.threads = 2;
+            c.last[0] = {1, packed ? panel : nullptr, &one, nullptr};
+            int32_t status = nbhd_linear(&c);
+            for (size_t i = 0; i < input.size() && !status; i++) {
+                const double x = get(&input[i], dtype), y = get(&output[i], dtype);
+                if (x != x ? y == y : x != y) status = -1, printf("%g is %g, dtype %d\n", x, y, int(dtype));
+            }
+            failures += status != 0;
+        }
+        // A weight that is any of them is still what it was packed of.
+        for (size_t i = 0; i < input.size(); i++) {
+            float panel[NBHD_PANEL] = {float(get(&input[i], dtype))};
+            uint16_t x = 0, y;
+            nbhd_linear_call c{};
+            c.size = sizeof c, c.dtype = c.parameter_dtype = dtype,
+            c.rows = c.in = c.input_stride = c.output_stride[0] = 1, c.threads = 1;
+            c.input = &x, c.output[0] = &y, c.last[0] = {1, panel, &input[i], nullptr};
+            if (const int32_t status = nbhd_linear(&c))
+                printf("%g of dtype %d: status %d\n", double(panel[0]), int(dtype), status), failures++;
+        }
+    }
 }
 
 // What GELU makes of numbers that have no neighbours.
@@ -135,7 +238,7 @@ bool is_right(Case &c, long i, double &worst) {
     std::vector<Floats> first;
     for (int64_t threads : {1, 3}) {
         c.poison(), c.call.threads = threads;
-        const int32_t status = nbhd_linear(&c.call);
+        const int32_t status = c.run();
         const double off = status ? INFINITY : threads == 1 ? c.deviation() : 0;
         worst = std::max(worst, off);
         bool differs = false;
@@ -144,9 +247,9 @@ bool is_right(Case &c, long i, double &worst) {
             differs = differs || (now.size() && memcmp(first[k].data(), now.data(), now.size() * sizeof(float)));
         }
         if (off > 5e-6 || differs) {
-            printf("case %ld: off by %g (status %d), %d threads%s; gelu %d, scale %d, residual %d, ", i, off, status,
-                   int(threads), differs ? ", other bits than with one" : "", int(c.call.gelu), !!c.call.scale,
-                   !!c.call.residual);
+            printf("case %ld: off by %g (status %d), %d threads%s; dtypes %d and %d, gelu %d, scale %d, residual %d, ",
+                   i, off, status, int(threads), differs ? ", other bits than with one" : "", int(c.call.dtype),
+                   int(c.call.parameter_dtype), int(c.call.gelu), !!c.call.scale, !!c.call.residual);
             return c.print(), false;
         }
         for (const Floats *x : c.outputs()) first.push_back(*x);
@@ -157,5 +260,5 @@ bool is_right(Case &c, long i, double &worst) {
 } // namespace
 
 int main(int argc, char **argv) {
-    return run_cases<Case>(argc, argv, is_right, [] { hostile(), extremes(); });
+    return run_cases<Case>(argc, argv, is_right, [] { hostile(), halves(), extremes(); });
 }

@@ -180,7 +180,7 @@ void extremes() {
         float y = NAN;
         nbhd_linear_gradients_call c{};
         c.size = sizeof c, c.rows = c.in = c.hidden.out = c.last[0].out = 1, c.factor = 1;
-        c.input = c.hidden.source = c.last[0].source = c.d_output[0] = &one, c.sums = &x, c.d_hidden_bias = &y;
+        c.hidden.source = c.last[0].source = c.input = c.d_output[0] = &one, c.sums = &x, c.d_hidden_bias = &y;
         const int32_t status = nbhd_linear_gradients(&c);
         const double wanted = gelu_slope(x);
         if (status || (wanted != wanted ? y == y : !(std::fabs(y - wanted) <= 1e-7)))

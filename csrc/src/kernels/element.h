@@ -17,6 +17,10 @@ template <class T>
 constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<BFloat16> = true;
+template <class T>
+constexpr bool is_float = false;
+template <>
+constexpr bool is_float<float> = true;
 
 typedef uint16_t Half __attribute__((vector_size(lanes * 2)));
 typedef Half UnalignedHalf __attribute__((aligned(2), may_alias));

@@ -28,44 +28,95 @@ struct LinearJob {
     }
 };
 
-// The block's inputs as the tiles want them.
-static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_moments, float *room) {
-    const Rows as_they_lie = l.input.from(row);
-    if (!l.norm.is_there) return apart(as_they_lie, rows, l.in, room);
-    float *moments = keeps_moments && l.moments ? l.moments + 2 * row : nullptr;
-    normalise(as_they_lie, l.norm, l.epsilon, rows, l.in, moments, room, padded(l.in));
-    return {room, padded(l.in)};
+static int64_t widest_last(const LinearLayers &l) {
+    int64_t n = 0;
+    for (int p = 0; p < l.n_last; p++)
+        if (l.last[p].out > n) n = l.last[p].out;
+    return n;
 }
 
+// The call's rows from one of them on.
+template <class T>
+NBHD_INLINE RowsOf<T> rows_of(Elements e, int64_t row) {
+    return RowsOf<T>{(const T *)e.data, e.stride}.from(row);
+}
+
+// The block's inputs as the tiles want them.
+template <class T>
+static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_moments, float *room) {
+    const RowsOf<T> as_they_lie = rows_of<T>(l.input, row);
+    const int64_t stride = padded(l.in);
+    Rows x{room, stride};
+    if constexpr (is_float<T>) {
+        if (!l.norm.is_there) return apart(as_they_lie, rows, l.in, room);
+        x = as_they_lie;
+    } else {
+        widen(as_they_lie, rows, l.in, room, stride);
+        if (!l.norm.is_there) return x;
+    }
+    float *moments = keeps_moments && l.moments ? l.moments + 2 * row : nullptr;
+    normalise(x, l.norm, l.epsilon, rows, l.in, moments, room, stride);
+    return {room, stride};
+}
+
+// Where the sums of last layers are made: in the output, or in memory of the task and written from there.
+template <class T>
+struct LastSums {
+    const LinearLayers *l;
+    int64_t row, rows;
+    Output room;
+
+    Output of(int p) const {
+        const Elements &output = l->output[p];
+        if constexpr (is_float<T>) return {(T *)output.data + row * output.stride, output.stride};
+        else return room;
+    }
+    Finish finish(int p) const {
+        Finish f{l->last[p].bias, l->scale, {}, l->gelu, {}, {}};
+        if constexpr (is_float<T>) f.residual = rows_of<T>(l->residual, row);
+        return f;
+    }
+    // Columns [begin, end) are complete.
+    void write(int p, int64_t begin, int64_t end) const {
+        if constexpr (!is_float<T>) {
+            const Elements &output = l->output[p];
+            RowsOf<T> residual = rows_of<T>(l->residual, row);
+            if (residual.data) residual.data += begin;
+            narrow(Rows{room.data + begin, room.stride}, residual, rows, end - begin,
+                   (T *)output.data + row * output.stride + begin, output.stride);
+        }
+    }
+};
+
+template <class T>
 static void linear_block(LinearJob &job, int64_t block, int64_t group, bool goes_on) {
     const LinearLayers &l = *job.l;
     const int64_t row = block * job.blocks.rows, rows = job.blocks.rows_of(block, l.rows), in_stride = padded(l.in),
-                  between_stride = padded(depth);
+                  between_stride = padded(depth), last_stride = is_float<T> ? 0 : padded(widest_last(l));
     const bool has_hidden = l.hidden.out > 0, from_hidden = job.stage == Stage::last && has_hidden;
-    float *room = nullptr;
-    if (!from_hidden) {
-        room = (float *)thread_scratch(job.blocks.rows * (in_stride + between_stride) * int64_t(sizeof(float)));
-        if (!room) {
-            __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
-            return;
-        }
+    const int64_t before_last = from_hidden ? 0 : in_stride + between_stride, columns = before_last + last_stride;
+    float *const room = columns ? (float *)thread_scratch(job.blocks.rows * columns * int64_t(sizeof(float))) : nullptr;
+    if (columns && !room) {
+        __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
+        return;
     }
+    const LastSums<T> last{&l, row, rows, {room + job.blocks.rows * before_last, last_stride}};
     const Output sums{l.sums ? l.sums + row * l.hidden.out : nullptr, l.hidden.out};
     const Finish of_hidden{l.hidden.bias, nullptr, {}, true, sums, {}};
     const Rows a = from_hidden ? Rows{job.between + row * job.between_stride, job.between_stride}
-                               : inputs(l, row, rows, !group, room);
+                               : inputs<T>(l, row, rows, !group, room);
     const Coming next_input =
-        goes_on ? coming(l.input.from(row + rows), job.blocks.rows_of(block + 1, l.rows)) : Coming{};
-    const auto output_of = [&](int p) { return Rows{l.output[p].data, l.output[p].stride}.from(row); };
+        goes_on ? coming(rows_of<T>(l.input, row + rows), job.blocks.rows_of(block + 1, l.rows)) : Coming{};
+    const auto output_rows = [&](int p) { return coming(rows_of<T>(l.output[p], row), rows); };
     if (job.stage == Stage::whole && has_hidden) {
-        const Finish of_last{l.last[0].bias, l.scale, l.residual.from(row), l.gelu, {}, {}};
-        float *between = room + job.blocks.rows * in_stride, *output = l.output[0].data + row * l.output[0].stride;
+        const Finish of_last = last.finish(0);
+        const Output to = last.of(0);
+        float *between = room + job.blocks.rows * in_stride;
         for (int64_t k = 0; k < l.hidden.out; k += depth) {
             const int64_t n = l.hidden.out - k < depth ? l.hidden.out - k : depth, panels = depth / panel_columns,
                           begin = k / panel_columns;
-            const Coming output_rows = goes_on && !k ? coming(output_of(0), rows) : Coming{};
             multiply({a, rows, l.in, &job.hidden, l.in, 0, begin, begin + panels, between - k, between_stride, false,
-                      true, output_rows},
+                      true, goes_on && !k ? output_rows(0) : Coming{}},
                      of_hidden);
             multiply({{between, between_stride},
                       rows,
@@ -75,14 +126,14 @@ static void linear_block(LinearJob &job, int64_t block, int64_t group, bool goes
                       k,
                       0,
                       job.last[0].n_panels(),
-                      output,
-                      l.output[0].stride,
+                      to.data,
+                      to.stride,
                       k > 0,
                       k + n == l.hidden.out,
                       k ? Coming{} : next_input},
                      of_last);
         }
-        return;
+        return last.write(0, 0, l.last[0].out);
     }
     if (job.stage == Stage::hidden) {
         const int64_t end = job.groups.end(group, job.hidden.n_panels());
@@ -105,23 +156,31 @@ static void linear_block(LinearJob &job, int64_t block, int64_t group, bool goes
     const int64_t in = has_hidden ? l.hidden.out : l.in;
     int64_t begin = group * job.groups.panels, end = job.groups.end(group, job.last_panels());
     for (int p = 0; p < l.n_last; p++) {
-        const int64_t panels = job.last[p].n_panels();
+        const int64_t panels = job.last[p].n_panels(), out = l.last[p].out;
         if (begin < panels && end > 0) {
-            const Finish f{l.last[p].bias, l.scale, l.residual.from(row), l.gelu, {}, {}};
-            const Coming next = !goes_on ? Coming{} : p + 1 < l.n_last ? coming(output_of(p + 1), rows) : next_input;
-            multiply({a, rows, in, &job.last[p], in, 0, begin > 0 ? begin : 0, end < panels ? end : panels,
-                      l.output[p].data + row * l.output[p].stride, l.output[p].stride, false, true, next},
-                     f);
+            const int64_t from = begin > 0 ? begin : 0, until = end < panels ? end : panels;
+            const Coming next = !goes_on ? Coming{} : p + 1 < l.n_last ? output_rows(p + 1) : next_input;
+            const Output to = last.of(p);
+            multiply({a, rows, in, &job.last[p], in, 0, from, until, to.data, to.stride, false, true, next},
+                     last.finish(p));
+            last.write(p, from * panel_columns, until < panels ? until * panel_columns : out);
         }
         begin -= panels, end -= panels;
     }
 }
 
+template <class T>
 static void linear_task(int64_t i, void *context) {
     LinearJob &job = *(LinearJob *)context;
-    if (job.run == 1) return linear_block(job, i / job.groups.count, i % job.groups.count, false);
+    if (job.run == 1) return linear_block<T>(job, i / job.groups.count, i % job.groups.count, false);
     const int64_t end = (i + 1) * job.run < job.blocks.count ? (i + 1) * job.run : job.blocks.count;
-    for (int64_t block = i * job.run; block < end; block++) linear_block(job, block, 0, block + 1 < end);
+    for (int64_t block = i * job.run; block < end; block++) linear_block<T>(job, block, 0, block + 1 < end);
+}
+
+static void (*of_dtype(Dtype dtype))(int64_t, void *) {
+    return dtype == Dtype::bfloat16  ? linear_task<BFloat16>
+           : dtype == Dtype::float16 ? linear_task<Float16>
+                                     : linear_task<float>;
 }
 
 static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
@@ -133,21 +192,23 @@ static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
     const bool is_small = numbers_of_weights(*job.l) <= small_weights && job.groups.count == 1;
     job.run = is_small && job.blocks.count >= 4 * run * threads.count ? run : 1;
     run_tasks(threads, job.run > 1 ? (job.blocks.count + run - 1) / run : job.blocks.count * job.groups.count,
-              linear_task, &job);
+              of_dtype(job.l->dtype), &job);
     return !job.failed;
 }
 
 static bool linear(const LinearLayers &l, const Threads &threads) {
-    LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, l.in}, {}, Stage::whole, 1, false};
+    const int64_t columns = l.in + (l.dtype == Dtype::float32 ? 0 : widest_last(l)); // that a block keeps of its rows
+    LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, columns}, {}, Stage::whole, 1, false};
     Packing packings[1 + most_layers];
     Weight *packed[1 + most_layers];
     int n = 0;
-    if (l.hidden.out && !l.hidden.panels) packed[n] = &job.hidden, packings[n++] = {&l.hidden, l.in, false, 1, nullptr};
+    if (l.hidden.out && !l.hidden.panels)
+        packed[n] = &job.hidden, packings[n++] = {&l.hidden, l.parameter_dtype, l.in, false, 1, nullptr};
     for (int p = 0; p < l.n_last; p++) {
         job.last[p] = l.last[p];
         if (!l.last[p].panels)
             packed[n] = &job.last[p],
-            packings[n++] = {&l.last[p], l.hidden.out ? l.hidden.out : l.in, false, 1, nullptr};
+            packings[n++] = {&l.last[p], l.parameter_dtype, l.hidden.out ? l.hidden.out : l.in, false, 1, nullptr};
     }
     float *const memory = n ? pack_all(packings, n, threads) : nullptr;
     if (n && !memory) return false;

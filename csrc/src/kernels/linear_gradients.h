@@ -89,8 +89,8 @@ static void block_gradients(const GradientJob &job, int64_t block, int64_t group
     Coming next_sums{}, next_d{}; // of the slice's next block
     if (job.stage == GradientStage::slice && block + 1 < job.blocks.count) {
         const int64_t next_rows = job.blocks.rows_of(block + 1, g.rows);
-        if (has_hidden) next_sums = {g.sums + (row + rows) * g.hidden.out, next_rows * g.hidden.out};
-        next_d = {g.d_output[0] + (row + rows) * g.last[0].out, next_rows * g.last[0].out};
+        if (has_hidden) next_sums = coming(Rows{g.sums, g.hidden.out}.from(row + rows), next_rows);
+        next_d = coming(Rows{g.d_output[0], g.last[0].out}.from(row + rows), next_rows);
     }
     Finish f{};
     if (!g.norm.is_there) f.residual = Rows{g.added, g.in}.from(row);
@@ -253,8 +253,8 @@ static bool linear_gradients(const LinearGradients &g, const Threads &threads) {
         Packing packings[1 + most_layers];
         int n = 0;
         for (int p = 0; p < g.n_last; p++)
-            packings[n++] = {&g.last[p], has_hidden ? g.hidden.out : g.in, true, g.factor, nullptr};
-        if (has_hidden && job.wants_input) packings[n++] = {&g.hidden, g.in, true, 1, nullptr};
+            packings[n++] = {&g.last[p], Dtype::float32, has_hidden ? g.hidden.out : g.in, true, g.factor, nullptr};
+        if (has_hidden && job.wants_input) packings[n++] = {&g.hidden, Dtype::float32, g.in, true, 1, nullptr};
         packed = pack_all(packings, n, threads);
         done = packed != nullptr;
         for (int i = 0; i < n && done; i++)

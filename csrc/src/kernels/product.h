@@ -158,10 +158,13 @@ static void finish(const Finish &f, const float *sums, int64_t sums_stride, int6
 
 // Memory that is read or written next.
 struct Coming {
-    const float *begin; // or null: nothing is known of it
-    int64_t numbers;
+    const char *begin; // or null: nothing is known of it
+    int64_t bytes;
 };
-NBHD_INLINE Coming coming(Rows a, int64_t rows) { return {a.data, rows * a.stride}; }
+template <class T>
+NBHD_INLINE Coming coming(RowsOf<T> a, int64_t rows) {
+    return {(const char *)a.data, rows * a.stride * int64_t(sizeof(T))};
+}
 
 // A block of rows times a part of a weight.
 struct Product {
@@ -189,7 +192,7 @@ static void multiply(const Product &p, const Finish &f) {
     const int64_t ahead_step = panel_columns * int64_t(sizeof(float)) / tiles(p.rows) + 1;
     const int64_t panels = (p.panel_end < p.weight->n_panels() ? p.panel_end : p.weight->n_panels()) - p.panel_begin,
                   steps = p.n * tiles(p.rows) * panels * (panel_columns / tile_columns);
-    Ahead next{(const char *)p.next.begin, p.next.numbers * int64_t(sizeof(float)) / (steps > 0 ? steps : 1) + 1};
+    Ahead next{p.next.begin, p.next.bytes / (steps > 0 ? steps : 1) + 1};
     for (int64_t k = 0; k < p.n; k += depth) {
         const int64_t n = p.n - k < depth ? p.n - k : depth;
         const bool adds = p.adds || k, ends = p.ends && k + n == p.n;
@@ -228,6 +231,7 @@ static void multiply(const Product &p, const Finish &f) {
 // Panels of a weight, [out][in]: as they are multiplied by inputs; or, for gradients of inputs, by those of outputs, times `factor`.
 struct Packing {
     const Weight *weight;
+    Dtype dtype; // of its source
     int64_t in;
     bool transposed;
     float factor;
@@ -239,20 +243,21 @@ struct Packing {
     int64_t size() const { return n_panels() * panel_columns * n_inputs(); }
 };
 
-static void pack_panel(const Packing &p, int64_t panel) {
+template <class T>
+static void pack_panel(const Packing &p, const T *source, int64_t panel) {
     const int64_t first = panel * panel_columns, in = p.in, n = p.n_inputs();
     const int64_t left = p.n_outputs() - first, columns = left < panel_columns ? left : panel_columns;
     float *to = p.panels + panel * n * panel_columns;
     if (p.transposed) {
         const Vec factor = splat(p.factor);
-        const float *from = p.weight->source + first;
+        const T *from = source + first;
         for (int64_t k = 0; k < n; k++, from += in, to += panel_columns)
             for (int64_t c = 0; c < panel_columns; c += lanes)
                 store(to + c, c < columns ? load_some(from + c, columns - c) * factor : Vec{});
         return;
     }
     for (int64_t c = 0; c < panel_columns; c += lanes) {
-        const float *from = p.weight->source + (first + c) * in;
+        const T *from = source + (first + c) * in;
         for (int64_t k = 0; k < n; k += lanes) {
             const int64_t some = n - k < lanes ? n - k : lanes;
             Vec r[lanes];
@@ -262,6 +267,13 @@ static void pack_panel(const Packing &p, int64_t panel) {
             for (int64_t i = 0; i < some; i++) store(to + (k + i) * panel_columns + c, r[i]);
         }
     }
+}
+
+static void pack_panel(const Packing &p, int64_t panel) {
+    const void *source = p.weight->source;
+    if (p.dtype == Dtype::bfloat16) return pack_panel(p, (const BFloat16 *)source, panel);
+    if (p.dtype == Dtype::float16) return pack_panel(p, (const Float16 *)source, panel);
+    pack_panel(p, (const float *)source, panel);
 }
 
 struct PackingJob {

@@ -1,7 +1,7 @@
-// Rows of floats whose number of columns is no multiple of a vector.
+// Rows whose number of columns is no multiple of a vector; 16-bit rows as floats and back.
 #pragma once
 #include "../linear.h"
-#include "vec.h"
+#include "element.h"
 
 namespace nbhd::NBHD_ISA {
 
@@ -22,6 +22,16 @@ NBHD_INLINE void store_some(float *p, Vec v, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = ((float *)&v)[i];
 }
 
+template <class T>
+NBHD_INLINE Vec load_some(const T *p, int64_t n) {
+    return n >= lanes ? load(p) : load_part(p, int(n));
+}
+template <class T>
+NBHD_INLINE void store_some(T *p, Vec v, int64_t n) {
+    if (n >= lanes) return store(p, v);
+    store_part(p, v, int(n));
+}
+
 static void copy(const float *from, int64_t from_stride, float *to, int64_t to_stride, int64_t rows, int64_t columns) {
     for (int64_t r = 0; r < rows; r++)
         __builtin_memcpy(to + r * to_stride, from + r * from_stride, size_t(columns) * sizeof(float));
@@ -32,6 +42,25 @@ static Rows apart(Rows a, int64_t rows, int64_t columns, float *room) {
     if (a.stride % alias) return a;
     copy(a.data, a.stride, room, padded(columns), rows, columns);
     return {room, padded(columns)};
+}
+
+template <class T>
+static void widen(RowsOf<T> from, int64_t rows, int64_t columns, float *to, int64_t to_stride) {
+    for (int64_t r = 0; r < rows; r++, from.data += from.stride, to += to_stride)
+        for (int64_t i = 0; i < columns; i += lanes)
+            store_some(to + i, load_some(from.data + i, columns - i), columns - i);
+}
+
+// Sums, plus `residual` if that has data, as they are written.
+template <class T>
+static void narrow(Rows sums, RowsOf<T> residual, int64_t rows, int64_t columns, T *to, int64_t to_stride) {
+    for (int64_t r = 0; r < rows; r++, sums.data += sums.stride, residual = residual.from(1), to += to_stride)
+        for (int64_t i = 0; i < columns; i += lanes) {
+            const int64_t left = columns - i;
+            Vec x = load_some(sums.data + i, left);
+            if (residual.data) x += load_some(residual.data + i, left);
+            store_some(to + i, x, left);
+        }
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -22,9 +22,12 @@ PANEL = 32
 #: Layers of the same input that a call can have.
 MOST_LAYERS = 3
 
-# nbhd_linear_call: size, rows, in, input; norm, the hidden and the last weights, gelu; what else comes after, outputs,
-# what is kept for the gradients, threads.
-_INPUT, _LAYERS, _OUTPUT = struct.Struct("=5q"), struct.Struct("=3qd17q"), struct.Struct("=13q")
+#: Of rows and, apart from that, of what is learned. It is computed in float32 and rounded where it is written.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# nbhd_linear_call: size, dtypes, rows, in, input; norm, the hidden and the last weights, gelu; what else comes after,
+# outputs, what is kept for the gradients, threads.
+_INPUT, _LAYERS, _OUTPUT = struct.Struct("=7q"), struct.Struct("=3qd17q"), struct.Struct("=13q")
 _CALL_BYTES = _INPUT.size + _LAYERS.size + _OUTPUT.size
 # nbhd_linear_gradients_call: size, rows, in, input, norm, the weights, what was kept; factor; gradients, threads.
 _GIVEN, _FACTOR, _WANTED = struct.Struct("=25q"), struct.Struct("=d"), struct.Struct("=17q")
@@ -39,8 +42,8 @@ class Layer(NamedTuple):
 
     Attributes:
         panels: `pack` of the weight; None: each call packs it.
-        weight: ``[out, in]``, float32, dense.
-        bias: ``[out]``, float32, dense, or None.
+        weight: ``[out, in]``, dense, of one of `DTYPES`, which all parameters of a call have.
+        bias: ``[out]``, dense, or None.
     """
 
     panels: Tensor | None
@@ -49,18 +52,18 @@ class Layer(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A layer norm: ``[in]``, float32, dense, or None, and what is added to the variance."""
+    """A layer norm: ``[in]``, dense, or None, and what is added to the variance."""
 
     weight: Tensor | None
     bias: Tensor | None
     epsilon: float
 
 
-def is_dense(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the core may read it as it lies: plain float32, of this shape, in order, in the CPU's memory."""
+def is_dense(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the core may read it as it lies: plain, of this dtype and shape, in order, in the CPU's memory."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype == torch.float32
+        and tensor.dtype == dtype
         and tensor.layout == torch.strided
         and tensor.shape == shape
         and tensor.is_contiguous()
@@ -75,11 +78,11 @@ class Stale(Exception):
 
 
 def pack(weight: Tensor) -> Tensor:
-    """``[out, in]`` in the order it is multiplied in: ``[panels, in, PANEL]``, zeros past the last output."""
+    """``[out, in]`` in the order it is multiplied in: ``[panels, in, PANEL]``, float32, zeros past the last output."""
     weight = weight.detach()
     out, features = weight.shape
     panels = -(-out // PANEL)
-    padded = weight.new_zeros(panels * PANEL, features)
+    padded = weight.new_zeros(panels * PANEL, features, dtype=torch.float32)
     padded[:out] = weight
     return padded.view(panels, PANEL, features).transpose(1, 2).contiguous()
 
@@ -97,33 +100,34 @@ class PreparedLayers:
         gelu: the exact GELU of ``last``.
     """
 
-    __slots__ = ("_layers", "_library", "features", "out")
+    __slots__ = ("_dtype", "_layers", "_library", "features", "out")
 
     def __init__(self, last: Layer, hidden: Layer | None, norm: Norm | None, gelu: bool) -> None:
         self._library = cpu.loaded_library()
         self.features = (last if hidden is None else hidden).weight.shape[1]
         self.out = last.weight.shape[0]
+        self._dtype = DTYPES[last.weight.dtype]
         self._layers = _LAYERS.pack(*_of_norm(norm), *_of_layers(hidden, (last,)), gelu)
 
     def __call__(self, input: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor | None:
         """The output.
 
         Args:
-            input: ``[..., features]``, float32, dense, as everything here.
-            scale: ``[out]``, or None.
-            residual: ``[..., out]``, or None.
+            input: ``[..., features]``, of one of `DTYPES`, dense, as everything here.
+            scale: ``[out]``, float32, or None.
+            residual: ``[..., out]`` of the input's dtype, or None.
 
         Returns:
-            ``[..., out]``; None if the library does not take a tensor's memory (at odd bytes of a file) or a size or
-            epsilon (no outputs, an epsilon below zero).
+            ``[..., out]`` of the input's dtype; None if the library does not take a tensor's memory (at odd bytes of a
+            file) or a size or epsilon (no outputs, an epsilon below zero).
 
         Raises:
             Stale: a packed weight is not that of its layer.
         """
-        features, out, library = self.features, self.out, self._library
+        out, library = self.out, self._library
         output = input.new_empty((*input.shape[:-1], out))
         status = library.linear(
-            _INPUT.pack(_CALL_BYTES, input.numel() // features, features, input.data_ptr(), features)
+            _of_input(input, self._dtype)
             + self._layers
             + _OUTPUT.pack(
                 _pointer(scale), _pointer(residual), out, output.data_ptr(), 0, 0, out, 0, 0, 0, 0,
@@ -139,9 +143,9 @@ class Made(NamedTuple):
     """What `run` has made.
 
     Attributes:
-        outputs: ``[..., out]`` of each last layer.
-        moments: ``[rows, 2]``, of each row its mean and one over its deviation, for the gradients of a norm.
-        sums: ``[rows, hidden]``, what GELU was taken of.
+        outputs: ``[..., out]`` of each last layer, of the input's dtype.
+        moments: ``[rows, 2]``, float32, of each row its mean and one over its deviation, for the gradients of a norm.
+        sums: ``[rows, hidden]``, float32, what GELU was taken of.
     """
 
     outputs: tuple[Tensor, ...]
@@ -156,12 +160,12 @@ def run(
     """``residual + scale * last(gelu(hidden(norm(input))))`` with those parts that are given.
 
     Args:
-        input: ``[..., in]``, float32, dense, as everything here.
+        input: ``[..., in]``, of one of `DTYPES`, dense, as everything here.
         last: up to `MOST_LAYERS` of the same input; one if there are ``hidden``, ``scale`` or ``residual``.
         hidden: a layer before it, which the exact GELU follows.
         norm: of the input.
-        scale: ``[out]``, or None.
-        residual: ``[..., out]``, or None.
+        scale: ``[out]``, float32, or None.
+        residual: ``[..., out]`` of the input's dtype, or None.
         keeps: keep what `gradients` asks for.
 
     Returns:
@@ -171,10 +175,13 @@ def run(
     rows = input.numel() // features
     widths = [layer.weight.shape[0] for layer in last]
     outputs = tuple(input.new_empty((*input.shape[:-1], width)) for width in widths)
-    moments = input.new_empty(rows, 2) if keeps and norm is not None else None
-    sums = input.new_empty(rows, hidden.weight.shape[0]) if keeps and hidden is not None else None
+    moments = sums = None
+    if keeps and norm is not None:
+        moments = input.new_empty(rows, 2, dtype=torch.float32)
+    if keeps and hidden is not None:
+        sums = input.new_empty(rows, hidden.weight.shape[0], dtype=torch.float32)
     status = library.linear(
-        _INPUT.pack(_CALL_BYTES, rows, features, input.data_ptr(), features)
+        _of_input(input, DTYPES[last[0].weight.dtype])
         + _LAYERS.pack(*_of_norm(norm), *_of_layers(hidden, last), 0)
         + _OUTPUT.pack(
             _pointer(scale), _pointer(residual), widths[0], *_pointers(outputs), *_three(widths), _pointer(moments),
@@ -197,7 +204,7 @@ def gradients(
     input: Tensor, last: Sequence[Layer], hidden: Layer | None, norm: Norm | None, moments: Tensor | None,
     sums: Tensor | None, factor: float, d_outputs: Sequence[Tensor], added: Tensor | None, into: Gradients,
 ) -> bool:  # fmt: skip
-    """Gradients of ``factor * last(gelu(hidden(norm(input))))``.
+    """Gradients of ``factor * last(gelu(hidden(norm(input))))``, of float32 tensors.
 
     Args:
         input, last, hidden, norm: those of `run`, and what it kept in ``moments`` and ``sums``.
@@ -230,6 +237,12 @@ def _is_done(library: cpu.Library, status: int) -> bool:
     if status not in (0, _BAD_SHAPE, _BAD_POINTER):
         cpu.refused(library, status)
     return not status
+
+
+def _of_input(input: Tensor, parameter_dtype: int) -> bytes:
+    features = input.shape[-1]
+    rows, dtype = input.numel() // features, DTYPES[input.dtype]
+    return _INPUT.pack(_CALL_BYTES, dtype, parameter_dtype, rows, features, input.data_ptr(), features)
 
 
 def _of_norm(norm: Norm | None) -> tuple[int, int, int, float]:
