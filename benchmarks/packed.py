@@ -1,11 +1,11 @@
 """``python -m benchmarks.packed``: what stands between NAT's attentions, by the native core and by plain layers.
 
-The layers of NAT-Tiny at 224 pixels, float32: norm and projections to query, key and value; projection and residual;
+The layers of NAT-Tiny at 224 pixels: norm and projections to query, key and value; projection and residual;
 norm, MLP and residual. The core has its weights packed, as `nbhd.optimize_for_inference` leaves them, or packs them at
 each call, as NAT's layers do; with ``--how gradients`` forward and backward are timed, the gradients of inputs and all
 parameters. Both ways are timed in turns in one process; a ratio is the plain layers' time over the core's, the median
 of the rounds and its quartiles. A share is the products that are made, at the rate of ``torch.mm`` of two 2048 x 2048
-matrices, over the core's time.
+matrices of float32, over the core's time.
 """
 
 from __future__ import annotations
@@ -40,11 +40,20 @@ class How(enum.StrEnum):
     GRADIENTS = "gradients"
 
 
+class Dtype(enum.StrEnum):
+    """What a NAT may be of."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 @app.command()
 def compare(
     how: Annotated[
         How, typer.Option(help="packed weights; weights packed at each call; the same with gradients.")
     ] = How.PACKED,
+    dtype: Annotated[Dtype, typer.Option(help="Of all tensors.")] = Dtype.FLOAT32,
     batch: Annotated[int, typer.Option(min=1)] = 8,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     rounds: Annotated[int, typer.Option(min=3)] = 15,
@@ -62,7 +71,7 @@ def compare(
         torch.set_num_threads(threads)
         isa = cpu.description().split(",")[0]
         typer.echo(f"{machine.describe()['cpu']}, {isa}, torch {torch.__version__}, threads {threads}, batch {batch}, "
-                   f"{how}")  # fmt: skip
+                   f"{dtype}, {how}")  # fmt: skip
         matrix = torch.randn(2048, 2048)
         multiply = functools.partial(torch.mm, matrix, matrix)
         milliseconds, *_ = in_turns(multiply, multiply, rounds)
@@ -71,7 +80,7 @@ def compare(
         totals = [0.0, 0.0]
         for side, dim, layers in STAGES:
             rows = batch * side * side
-            for name, products, plain, core in ways(rows, dim, how):
+            for name, products, plain, core in ways(rows, dim, how, getattr(torch, dtype)):
                 *times, ratios = in_turns(plain, core, rounds)
                 share = products / rate / times[1]
                 typer.echo(f"{rows:>6} x {dim:<4} {name:<11} {times[0]:9.3f} {times[1]:8.3f} {share:8.2f} "
@@ -83,11 +92,11 @@ def compare(
 Way = tuple[str, int, Callable[[], object], Callable[[], object]]
 
 
-def ways(rows: int, dim: int, how: How) -> list[Way]:
+def ways(rows: int, dim: int, how: How, dtype: torch.dtype = torch.float32) -> list[Way]:
     """Each kind of call: its name, its products (multiplications and additions), plain layers, the core."""
-    batch, norm = torch.randn(rows, dim), nn.LayerNorm(dim)
-    query, key, value, projection = (Linear(dim, dim) for _ in range(4))
-    hidden, last = Linear(dim, 3 * dim), Linear(3 * dim, dim)
+    batch, norm = torch.randn(rows, dim, dtype=dtype), nn.LayerNorm(dim, dtype=dtype)
+    query, key, value, projection = (Linear(dim, dim, dtype=dtype) for _ in range(4))
+    hidden, last = Linear(dim, 3 * dim, dtype=dtype), Linear(3 * dim, dim, dtype=dtype)
 
     def plain_qkv() -> list[Tensor]:
         x = norm(batch)
@@ -120,7 +129,7 @@ def ways(rows: int, dim: int, how: How) -> list[Way]:
         module.requires_grad_(False)
     if how is How.JOINED:
         return named
-    qkv = Linear(dim, 3 * dim).requires_grad_(False)
+    qkv = Linear(dim, 3 * dim, dtype=dtype).requires_grad_(False)
     packed_qkv = Layers(PackedLinear(qkv), norm=norm)
     packed_projection = Layers(PackedLinear(projection))
     packed_mlp = Layers(PackedLinear(last), hidden=PackedLinear(hidden), norm=norm)

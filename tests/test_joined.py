@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nbhd import joined
 from nbhd.backends import cpu, cpu_linear
-from nbhd.backends.cpu_linear import Layer, Norm
+from nbhd.backends.cpu_linear import DTYPES, Layer, Norm
 from nbhd.errors import BackendError
 from nbhd.joined import join, may_join
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no nati
 @pytest.fixture(autouse=True)
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every machine gained by it."""
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: True)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: dtype in DTYPES)
 
 
 class Case:
@@ -98,6 +99,16 @@ CASES = {
 }
 
 
+def rounded(case: Case, batch: torch.dtype, parameters: torch.dtype) -> Case:
+    """The same of numbers that these types have; ``batch`` is that of the residual and of gradients of outputs too."""
+    made = copy.copy(case)
+    made.tensors = [
+        None if t is None else t.to(batch if i < 2 else parameters).float() for i, t in enumerate(case.tensors)
+    ]
+    made.d_outputs = [t.to(batch).float() for t in case.d_outputs]
+    return made
+
+
 def compare(ours: list[Tensor], case: Case, times: float = 2) -> None:
     """Root mean square errors at most twice PyTorch's in the same dtype, or so small that they say nothing."""
     truth, theirs = case.results(case.by_pytorch, torch.float64), case.results(case.by_pytorch)
@@ -122,6 +133,73 @@ def test_as_exact_as_pytorch_and_the_same_bits_with_any_threads(name: str) -> No
     with torch.no_grad():  # nothing is kept, and the values are the same
         leaves = case.leaves()
         assert all(map(torch.equal, case.joined(leaves), found[0]))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_are_as_exact_as_pytorch(name: str, dtype: torch.dtype) -> None:
+    case = rounded(CASES[name], dtype, dtype)
+    found = case.results(case.joined, dtype)
+    assert {tensor.dtype for tensor in found} == {dtype}
+    truth, theirs = case.results(case.by_pytorch, torch.float64), case.results(case.by_pytorch, dtype)
+    for i, (ours, exact, other) in enumerate(zip(found, truth, theirs, strict=True)):
+        error, expected = ((x.double() - exact).square().mean().sqrt() for x in (ours, other))
+        assert error <= 1.05 * expected, (i, float(error), float(expected))  # not twice: what is between is not rounded
+    with torch.no_grad():
+        assert all(map(torch.equal, case.joined(case.leaves(dtype)), found))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("dtype", "batch"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16,) * 2],
+    ids=str,
+)
+def test_under_autocast(name: str, dtype: torch.dtype, batch: torch.dtype) -> None:
+    """Parameters of float32, and outputs of the input's dtype; PyTorch's are of autocast's, whatever they are of."""
+    case = rounded(CASES[name], batch, torch.float32)
+
+    def results(run: Callable, backward_too: bool = False) -> list[Tensor]:
+        leaves = case.leaves()
+        leaves[:2] = [None if t is None else t.detach().to(batch).requires_grad_() for t in leaves[:2]]
+        present = [t for t in leaves if t is not None]
+        with torch.autocast("cpu", dtype):
+            if run == case.joined:
+                assert may_join(leaves[0])  # type: ignore[arg-type]
+            outputs = list(run(leaves))
+            if backward_too:
+                gradients = [g.to(o.dtype) for g, o in zip(case.d_outputs, outputs, strict=True)]
+                return [*outputs, *torch.autograd.grad(outputs, present, gradients, create_graph=True)]
+        gradients = [g.to(o.dtype) for g, o in zip(case.d_outputs, outputs, strict=True)]
+        return [*(output.detach() for output in outputs), *torch.autograd.grad(outputs, present, gradients)]
+
+    truth, theirs, found = case.results(case.by_pytorch, torch.float64), results(case.by_pytorch), results(case.joined)
+    n = len(case.d_outputs)
+    assert {output.dtype for output in found[:n]} == {batch}
+    assert [tensor.dtype for tensor in found[n:]] == [tensor.dtype for tensor in theirs[n:]]
+    for i, (ours, exact, other) in enumerate(zip(found, truth, theirs, strict=True)):
+        error, expected = ((x.double() - exact).square().mean().sqrt() for x in (ours, other))
+        assert error <= 1.05 * expected, (i, float(error), float(expected))
+    # by PyTorch's operators, which autocast must not reach there
+    for ours, again in zip(found, results(case.joined, backward_too=True), strict=True):
+        torch.testing.assert_close(ours, again, rtol=2e-2, atol=float(ours.abs().max()) * 1e-2)
+
+
+def test_dtypes_that_do_not_fit_are_left_to_pytorch() -> None:
+    case, layers = CASES["no norm"], {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensors: list[Any] = [None if t is None else t.to(dtype) for t in case.tensors]
+        layers[dtype] = tensors[0], Layer(None, *tensors[4:6]), Layer(None, *tensors[6:8])
+    wide, half = layers[torch.float32], layers[torch.bfloat16]
+    assert join(half[0], half[2:], hidden=half[1]) is not None
+    for batch, hidden, last in ((half[0], wide[1], wide[2]), (wide[0], half[1], half[2])):
+        assert join(batch, [last], hidden=hidden) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert join(batch, [last], hidden=hidden) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert join(half[0], half[2:], hidden=wide[1]) is None
+        assert may_join(wide[0]) and may_join(half[0]) and not may_join(layers[torch.float16][0])
+        assert join(half[0], [half[2]], hidden=half[1], residual=wide[0][:, :33].contiguous()) is None
 
 
 def test_layers_of_which_some_learn_are_left_to_pytorch() -> None:
@@ -386,7 +464,7 @@ def plain(rows: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     "input",
     [
         plain(joined.FEWEST_ROWS - 1), plain(0), torch.zeros(64, 0), plain(dtype=torch.float64),
-        plain(dtype=torch.bfloat16), torch.zeros(8, 64).t(), plain().to("meta"), plain().as_subclass(Labelled),
+        plain(dtype=torch.complex64), torch.zeros(8, 64).t(), plain().to("meta"), plain().as_subclass(Labelled),
         TwoTensor(plain(), plain()), torch.complex(plain(), plain()).conj().imag,
     ],
     ids=lambda t: f"{type(t).__name__}-{t.device.type}-{tuple(t.shape)}-{t.dtype}",
@@ -402,8 +480,8 @@ def test_situations_that_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) ->
             return function(*args, **(kwargs or {}))
 
     batch = plain()
-    for context in (torch.autocast("cpu"), FlopCounterMode(display=False), Watching()):
-        with context:  # type: ignore[attr-defined]
+    for context in (FlopCounterMode(display=False), Watching()):
+        with context:
             assert not may_join(batch)
     with torch.device("cpu"), torch.inference_mode():  # says nothing but where new tensors go
         assert may_join(batch)
@@ -420,7 +498,7 @@ def test_situations_that_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) ->
         seen.append(may_join(batch))
     assert seen and not any(seen)
     assert not torch.compile(lambda t: t + may_join(t), backend="eager", fullgraph=True)(batch).any()
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
     assert not may_join(batch)
 
 
@@ -446,17 +524,19 @@ def test_weights_that_are_left_to_pytorch(change: Callable, which: int) -> None:
 def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     real = joined.joined_layers_are_faster.__wrapped__
+    monkeypatch.setattr(joined, "sixteen_bits_are_slow", lambda dtype: dtype == torch.float16)
     for maker, capability, isa, expected in (
-        ("GenuineIntel", "AVX512", "avx512", True), ("GenuineIntel", "AVX512", "avx2", False),
-        ("GenuineIntel", "AVX2", "avx512", False), ("AuthenticAMD", "AVX512", "avx512bf16", False),
-        (None, "AVX512", "avx512", False),
+        ("GenuineIntel", "AVX512", "avx512", {torch.float32, torch.float16}),
+        ("GenuineIntel", "AVX512", "avx2", {torch.float16}), ("GenuineIntel", "AVX2", "avx512", {torch.float16}),
+        ("AuthenticAMD", "AVX512", "avx512bf16", {torch.float16}), (None, "AVX512", "avx512", {torch.float16}),
+        ("GenuineIntel", "DEFAULT", "baseline", set()), (None, "NEON", "neon", set()),
     ):  # fmt: skip
         monkeypatch.setattr(joined, "maker", lambda maker=maker: maker)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         monkeypatch.setattr(cpu.loaded_library(), "isa", isa)
-        assert real() is expected
+        assert {dtype for dtype in (*DTYPES, torch.float64) if real(dtype)} == expected
     monkeypatch.setattr(cpu, "why_unusable", lambda: "there is none")
-    assert not real()
+    assert not real(torch.float32)
 
 
 def test_less_is_kept_for_the_backward() -> None:

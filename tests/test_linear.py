@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbhd import _processor, joined, linear
+from nbhd.convolution import Conv2d
 from nbhd.linear import Linear
 from nbhd.models import NatConfig, NatForImageClassification
 
@@ -21,7 +23,8 @@ from nbhd.models import NatConfig, NatForImageClassification
 def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: False)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
+    monkeypatch.setattr(linear, "sixteen_bits_are_slow", lambda dtype: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
 
 
@@ -275,7 +278,8 @@ def test_nat_gives_the_same(monkeypatch: pytest.MonkeyPatch, threads: int) -> No
     config = NatConfig.from_variant("nat_mini", num_labels=5, depths=[1, 1, 1, 1])
     model = NatForImageClassification(config).eval()
     pixels = torch.randn(2, 3, 224, 224)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
+    monkeypatch.setattr(linear, "sixteen_bits_are_slow", lambda dtype: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
     found = []
     for slow in (False, True):
@@ -357,7 +361,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], str]]
 
     monkeypatch.setattr(linear, "in_one_piece", spy)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: True)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
     return seen
@@ -474,3 +478,113 @@ def test_where_one_piece_is_faster(
     monkeypatch.setattr(linear, "maker", lambda: maker)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert linear.one_piece_is_faster.__wrapped__() is (expected and torch.backends.mkldnn.is_available())
+
+
+@pytest.fixture(params=["slow", "fast"])
+def sixteen_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """As if PyTorch's products in 16 bits were slow on this machine, or not."""
+    monkeypatch.setattr(linear, "sixteen_bits_are_slow", lambda dtype: request.param == "slow")
+    monkeypatch.setattr(linear, "_keeps_up", lambda dtype: False)
+    yield request.param == "slow"
+
+
+LAYERS: dict[str, tuple[Callable, tuple[int, ...]]] = {
+    "linear": (lambda: Linear(48, 33), (3, 5, 48)),
+    "linear without a bias": (lambda: Linear(48, 33, bias=False), (150, 48)),
+    "convolution": (lambda: Conv2d(8, 20, 3, 2, 1), (2, 8, 13, 9)),
+    "grouped convolution": (lambda: Conv2d(8, 16, (1, 3), groups=4, bias=False, padding_mode="reflect"), (2, 8, 5, 9)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast", "autocast of float32"])
+def test_16_bits_are_as_exact(name: str, how: str, sixteen_bits: bool) -> None:
+    """In the dtypes that PyTorch's layers have, values and gradients."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    of_batch = {"float16": torch.float16, "autocast of float32": torch.float32}.get(how, torch.bfloat16)
+    of_layer = torch.float32 if how.startswith("autocast") else of_batch
+    layer = make().to(of_layer)
+    batch = torch.randn(shape).to(of_batch)
+    gradient = torch.randn_like(layer.double()(batch.double()))
+    layer.to(of_layer)
+
+    def results(run: Callable, dtype: torch.dtype | None = None) -> list[Tensor]:
+        leaf = batch.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how.startswith("autocast") and dtype is None):
+            output = run(leaf)
+        layer.zero_grad()
+        output.backward(gradient.to(output.dtype))
+        gradients = [leaf.grad, *(p.grad for p in layer.parameters())]
+        return [output.detach(), *(g.clone() for g in gradients if g is not None)]  # layers take theirs to other dtypes
+
+    plain = super(type(layer), layer).forward
+    found, theirs = results(layer), results(plain)
+    layer.double()
+    truth = results(plain, torch.float64)
+    assert [t.dtype for t in found] == [t.dtype for t in theirs]
+    for ours, other, exactly in zip(found, theirs, truth, strict=True):
+        error, expected = ((x.double() - exactly).square().mean().sqrt() for x in (ours, other))
+        assert error <= 1.1 * expected
+
+
+def test_16_bits_run_in_float32_where_they_are_slow(sixteen_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    for name in ("linear", "conv2d"):
+        real = getattr(functional, name)
+        monkeypatch.setattr(functional, name, lambda x, *rest, real=real: (seen.append(x.dtype), real(x, *rest))[1])
+    for make, shape in LAYERS.values():
+        make().bfloat16()(torch.randn(shape).bfloat16())
+    expected = torch.float32 if sixteen_bits else torch.bfloat16
+    assert seen == [expected] * 4
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        for make, shape in LAYERS.values():
+            assert make()(torch.randn(shape)).dtype == torch.bfloat16
+    assert seen == [torch.float32] * 4  # what they are given
+    seen.clear()
+    for make, shape in LAYERS.values():
+        layer = make().bfloat16()
+        for other in (torch.float32, torch.float16):
+            with pytest.raises(RuntimeError):
+                layer(torch.randn(shape).to(other))  # which PyTorch's error explains
+        layer.weight = nn.Parameter(layer.weight.double())
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):  # it leaves float64 alone
+            layer(torch.randn(shape))
+        plain = torch.export.export(make().bfloat16(), (torch.randn(shape).bfloat16(),)).graph
+        calls = [node for node in plain.nodes if node.op == "call_function" and "pad" not in str(node.target)]
+        assert len(calls) == 1
+
+
+def test_which_16_bits_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = linear.sixteen_bits_are_slow.__wrapped__
+    bfloat16, float16 = torch.bfloat16, torch.float16
+    everything: Any = {"avx512_bf16", "avx512_fp16"}
+    for maker, capability, has, expected in (
+        ("GenuineIntel", "AVX512", set(), {bfloat16, float16}),
+        ("GenuineIntel", "AVX512", everything, {bfloat16, float16}),
+        ("GenuineIntel", "AVX512", everything | {"amx_bf16"}, {float16}),
+        ("GenuineIntel", "AVX512", everything | {"amx_bf16", "amx_fp16"}, set()),
+        ("AuthenticAMD", "AVX512", {"avx512_bf16"}, {float16}), ("AuthenticAMD", "AVX512", everything, set()),
+        ("AuthenticAMD", "AVX2", set(), {bfloat16, float16}), ("GenuineIntel", "AVX2", {"avx_ne_convert"}, set()),
+        ("GenuineIntel", "DEFAULT", set(), set()), (None, "AVX512", None, set()), (None, "NEON", None, set()),
+    ):  # fmt: skip
+        monkeypatch.setattr(linear, "maker", lambda maker=maker: maker)
+        monkeypatch.setattr(linear, "features", lambda has=has: has)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        slow = {dtype for dtype in (bfloat16, float16, torch.float32, torch.float64) if real(dtype)}
+        assert slow == expected, (maker, capability, has)
+    monkeypatch.setattr(linear, "features", lambda: everything)
+    assert linear._keeps_up.__wrapped__(float16) and not linear._keeps_up.__wrapped__(bfloat16)
+
+
+def test_what_a_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_processor, "_linux", {"flags": "fpu avx2 amx_bf16"}.get)
+    assert _processor.features() == {"fpu", "avx2", "amx_bf16"}
+    monkeypatch.setattr(_processor, "_linux", lambda field: None)
+    for found, expected in (
+        ({"architecture": "x86_64", "avx2": True, "amx_bf16": False, "num_sockets": 1}, {"avx2"}),
+        ({"architecture": "aarch64", "bf16": True}, None), ({}, None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert _processor.features() == expected

@@ -5,6 +5,9 @@ from __future__ import annotations
 import platform
 import re
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def name() -> str:
@@ -26,6 +29,17 @@ def family() -> int | None:
     if said is None and platform.system() == "Windows":
         said = next(iter(re.findall(r" Family (\d+) ", platform.processor())), None)
     return int(said) if said is not None and said.isdecimal() else None
+
+
+def features() -> frozenset[str] | None:
+    """What x86 processors say they have, by Linux's names such as ``amx_bf16``; None where that is not known."""
+    said = _linux("flags")
+    if said is not None:
+        return frozenset(said.split())
+    ask: Any = getattr(torch.cpu, "get_capabilities", dict)  # of PyTorch 2.11 and later; named as Linux names them
+    found = ask()
+    is_x86 = found.get("architecture") == "x86_64"
+    return frozenset(name for name, value in found.items() if value is True) if is_x86 else None
 
 
 def _linux(field: str) -> str | None:

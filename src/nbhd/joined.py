@@ -4,6 +4,8 @@ Of what lies between the layers only what GELU was taken of is kept for the back
 PyTorch's layers keep the norm's output and GELU's too. In the backward the gradients of inputs, of the norm and of all
 weights are one call as well. Weights are packed at each call, which is a small part of it from a few dozen rows on; for
 inference `nbhd.packed` keeps them packed.
+
+In 16 bits, of the tensors or of autocast, the core computes in float32 and rounds what it returns.
 """
 
 from __future__ import annotations
@@ -21,23 +23,28 @@ from nbhd._gradients import expect_kept, is_special
 from nbhd._modes import has_function_mode, is_transformed, makes_a_graph
 from nbhd._processor import maker
 from nbhd.backends import cpu, cpu_linear
-from nbhd.backends.cpu_linear import Gradients, Layer, Norm, is_dense
+from nbhd.backends.cpu_linear import DTYPES, Gradients, Layer, Norm, is_dense
 from nbhd.errors import BackendError
+from nbhd.linear import dtype_of_products, sixteen_bits_are_slow
 
 #: Fewer rows than this are over before packing the weights has paid.
 FEWEST_ROWS = 32
 
 
 @functools.cache
-def joined_layers_are_faster() -> bool:
-    """Whether `join` beats PyTorch's layers on this CPU.
+def joined_layers_are_faster(dtype: torch.dtype) -> bool:
+    """Whether `join` beats PyTorch's layers on this CPU, which compute in ``dtype``; it computes in float32 always.
 
-    True on Intel's processors with AVX-512; elsewhere it is not yet measured. With AVX2 alone inference gains and
-    training does not.
+    In float32 that is true on Intel's processors with AVX-512; elsewhere it is not yet measured. With AVX2 alone
+    inference gains and training does not. In 16 bits it is true where PyTorch's own are slow
+    (`nbhd.linear.sixteen_bits_are_slow`).
     """
+    if cpu.why_unusable() is not None or not cpu.loaded_library().isa.startswith("avx"):
+        return False
+    if dtype != torch.float32:
+        return sixteen_bits_are_slow(dtype)
     return (
-        cpu.why_unusable() is None
-        and cpu.loaded_library().isa.startswith("avx512")
+        cpu.loaded_library().isa.startswith("avx512")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and maker() == "GenuineIntel"
     )
@@ -68,19 +75,19 @@ def _is_checkpointed() -> bool:
 def may_join(input: Tensor) -> bool:
     """Whether `join` may be called with ``input`` here, and is faster.
 
-    That is: plain float32 in order in the CPU's memory, not too few rows, in eager mode without autocast,
+    That is: plain float32, bfloat16 or float16 in order in the CPU's memory, not too few rows, in eager mode without
     ``torch.func``, checkpoints or ``torch.backends.mkldnn.flags(enabled=False)``, and nobody watches, who would know
-    PyTorch's operators only.
+    PyTorch's operators only. Under autocast the input may be float32 or of autocast's dtype.
     """
     return (
         not makes_a_graph()  # the first of all: a compiler would warn of the cache behind joined_layers_are_faster
-        and joined_layers_are_faster()
+        and joined_layers_are_faster(dtype := dtype_of_products(input))
+        and input.dtype in (torch.float32, dtype)
         and not is_transformed()  # its tensors have no memory to ask for
         and not _is_watched()
         and not _is_checkpointed()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_autocast_enabled("cpu")
-        and is_dense(input, input.shape)
+        and is_dense(input, input.shape, input.dtype)
         and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0
     )
 
@@ -101,8 +108,9 @@ def join(
         factor: of what is added to the residual.
 
     Returns:
-        ``[..., out]`` of each last layer; None where PyTorch's layers are to be taken: parameters of other kinds or
-        shapes, or some that learn and some that do not, for whose gradients less has to be kept.
+        ``[..., out]`` of each last layer, of the input's dtype; None where PyTorch's layers are to be taken: parameters
+        of other kinds or shapes, of another dtype without autocast, or some that learn and some that do not, for whose
+        gradients less has to be kept.
     """
     call = _Call(norm.epsilon if norm else None, hidden is not None, factor, residual is input)
     if call.adds_input:
@@ -112,6 +120,8 @@ def join(
         *(tensor for layer in last for tensor in layer[1:]),
     )  # fmt: skip
     if not call.fits(input, residual, parameters):
+        return None
+    if last[0].weight.dtype != input.dtype and not torch.is_autocast_enabled("cpu"):
         return None
     if torch.is_grad_enabled():
         learn = [parameter.requires_grad for parameter in parameters if parameter is not None]
@@ -141,16 +151,19 @@ class _Call:
         """Whether all tensors are such as the core reads, and of shapes that fit each other."""
         features = batch.shape[-1]
         norm_weight, norm_bias, hidden_weight, hidden_bias, *last = parameters
-        if not (_fits(norm_weight, (features,)) and _fits(norm_bias, (features,))):
+        dtype = None if last[0] is None else last[0].dtype
+        if dtype not in DTYPES:
+            return False
+        if not (_fits(norm_weight, (features,), dtype) and _fits(norm_bias, (features,), dtype)):
             return False
         if self.has_hidden:
-            if not _is_layer(hidden_weight, hidden_bias, features):
+            if not _is_layer(hidden_weight, hidden_bias, features, dtype):
                 return False
             features = _rows(hidden_weight)
-        if not all(_is_layer(weight, bias, features) for weight, bias in _pairs(last)):
+        if not all(_is_layer(weight, bias, features, dtype) for weight, bias in _pairs(last)):
             return False
         shape = (*batch.shape[:-1], _rows(last[0]))
-        return batch.shape == shape if self.adds_input else _fits(residual, shape)
+        return batch.shape == shape if self.adds_input else _fits(residual, shape, batch.dtype)
 
     def layers(self, parameters: _Tensors) -> tuple[Norm | None, Layer | None, list[Layer]]:
         norm_weight, norm_bias, hidden_weight, hidden_bias, *last = parameters
@@ -160,13 +173,18 @@ class _Call:
 
     def run(self, batch: Tensor, residual: Tensor | None, parameters: _Tensors, keeps: bool) -> cpu_linear.Made | None:
         norm, hidden, last = self.layers(parameters)
-        scale = None if self.factor == 1 else batch.new_full((_rows(last[0].weight),), self.factor)
+        scale = None
+        if self.factor != 1:
+            scale = torch.full((_rows(last[0].weight),), self.factor, dtype=torch.float32, device="cpu")
         return cpu_linear.run(batch, last, hidden, norm, scale, batch if self.adds_input else residual, keeps)
 
     def by_pytorch(self, batch: Tensor, parameters: _Tensors, sums: Tensor | None) -> list[Tensor]:
-        """The outputs by PyTorch's operators, but for a residual that is not the input; GELU is taken of ``sums``."""
-        norm, hidden, last = self.layers(parameters)
-        x = batch
+        """The outputs by PyTorch's operators in float32, but for a residual that is not the input.
+
+        GELU is taken of ``sums``.
+        """
+        norm, hidden, last = self.layers([_wide(tensor) for tensor in parameters])
+        x = batch.float()
         if norm is not None:
             x = functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
         if hidden is not None:
@@ -177,7 +195,7 @@ class _Call:
         outputs = [functional.linear(x, layer.weight, layer.bias) for layer in last]
         if self.factor != 1:
             outputs = [output * self.factor for output in outputs]
-        return [output + batch for output in outputs] if self.adds_input else outputs
+        return [(output + batch if self.adds_input else output).to(batch.dtype) for output in outputs]
 
 
 class _Join(torch.autograd.Function):
@@ -193,7 +211,7 @@ class _Join(torch.autograd.Function):
             raise BackendError(f"the native core does not take layers of an input of {list(batch.shape)}.")
         norm_weight, norm_bias, hidden_weight, hidden_bias, *last = parameters
         ctx.save_for_backward(batch, made.moments, made.sums, norm_weight, norm_bias, hidden_weight, *last[::2])
-        ctx.call, ctx.shape = call, batch.shape
+        ctx.call, ctx.shape, ctx.dtype = call, batch.shape, batch.dtype
         # Their values are not needed, and may change before the backward, as they may with PyTorch's layers.
         ctx.biases = hidden_bias, *last[1::2]
         ctx.set_materialize_grads(False)
@@ -208,7 +226,7 @@ class _Join(torch.autograd.Function):
         hidden_bias, *biases = ctx.biases
         last = (tensor for pair in zip(weights, biases, strict=True) for tensor in pair)
         kept = _Kept(batch, moments, sums, (norm_weight, norm_bias, hidden_weight, hidden_bias, *last))
-        kept.expect(ctx.shape)
+        kept.expect(ctx.shape, ctx.dtype)
         found = None
         # Where grad is enabled the gradient itself is to be differentiated, which PyTorch's operators know how to.
         if not (torch.is_grad_enabled() or is_transformed() or _is_watched() or any(map(is_special, d_outputs))):
@@ -226,9 +244,9 @@ class _Kept(NamedTuple):
     sums: Tensor | None
     parameters: tuple[Tensor | None, ...]
 
-    def expect(self, shape: Sequence[int]) -> None:
-        """Refuse what has come back changed; ``shape`` is that of the input."""
-        expect_kept("the input", self.batch, shape, torch.float32)
+    def expect(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Refuse what has come back changed; ``shape`` and ``dtype`` are those of the input."""
+        expect_kept("the input", self.batch, shape, dtype)
         rows = self.batch.numel() // shape[-1]
         expect_kept("the moments of a norm", self.moments, (rows, 2), torch.float32)
         expect_kept("the sums of a hidden layer", self.sums, (rows, _rows(self.parameters[2])), torch.float32)
@@ -237,9 +255,10 @@ class _Kept(NamedTuple):
 def _backward(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None] | None:
     """Gradients of input and parameters that are wanted; None if the core does not take what it is given."""
     # hooks may have kept copies, laid out otherwise
-    batch = kept.batch.contiguous()
+    batch = kept.batch.float().contiguous()
     moments, sums, *parameters = (
-        None if tensor is None else tensor.contiguous() for tensor in (kept.moments, kept.sums, *kept.parameters)
+        None if tensor is None else tensor.float().contiguous()
+        for tensor in (kept.moments, kept.sums, *kept.parameters)
     )
     if not all(tensor is None or is_dense(tensor, tensor.shape) for tensor in (batch, moments, sums)):
         return None
@@ -248,7 +267,7 @@ def _backward(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[boo
     norm, hidden, last = call.layers(parameters)
     shapes = [(*batch.shape[:-1], _rows(layer.weight)) for layer in last]
     gradients = [
-        batch.new_zeros(shape) if gradient is None else gradient.resolve_neg().contiguous()
+        batch.new_zeros(shape) if gradient is None else gradient.resolve_neg().float().contiguous()
         for gradient, shape in zip(d_outputs, shapes, strict=True)
     ]
     if not all(map(is_dense, gradients, shapes)):
@@ -262,13 +281,16 @@ def _backward(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[boo
     added = gradients[0] if call.adds_input and d_batch is not None else None
     into = Gradients(d_batch, of_norm, of_hidden, of_last)
     done = cpu_linear.gradients(batch, last, hidden, norm, moments, sums, call.factor, gradients, added, into)
-    return found if done else None
+    if not done:
+        return None
+    dtypes = [tensor.dtype if tensor is not None else torch.float32 for tensor in (kept.batch, *kept.parameters)]
+    return [None if t is None else t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
 
 
 def _backward_by_pytorch(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None]:
     """The same by PyTorch's operators, which can be differentiated again if grad is enabled."""
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         # Views, so that leaves and tensors with a history are treated alike and the graph stays connected.
         tensors = [
             tensor if tensor is None or not wanted
@@ -296,12 +318,16 @@ def _rows(weight: Tensor | None) -> int:
     return 0 if weight is None else weight.shape[0]
 
 
-def _fits(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
-    return tensor is None or is_dense(tensor, shape)
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
-def _is_layer(weight: Tensor | None, bias: Tensor | None, features: int) -> bool:
-    if weight is None or weight.ndim != 2:
+def _fits(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+    return tensor is None or (dtype is not None and is_dense(tensor, shape, dtype))
+
+
+def _is_layer(weight: Tensor | None, bias: Tensor | None, features: int, dtype: torch.dtype | None) -> bool:
+    if weight is None or dtype is None or weight.ndim != 2:
         return False
     out = weight.shape[0]
-    return out > 0 and is_dense(weight, (out, features)) and _fits(bias, (out,))
+    return out > 0 and is_dense(weight, (out, features), dtype) and _fits(bias, (out,), dtype)

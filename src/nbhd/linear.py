@@ -8,6 +8,9 @@ which is how the data lie already. ``python -m benchmarks.linear`` times the two
 On Intel's processors MKL's products are as fast. There oneDNN gains in inference, where it adds the bias and applies
 GELU while a product is at hand (`linear_gelu`) instead of reading and writing all of it again for each.
 
+In bfloat16 and float16 PyTorch takes several times as long as in float32 on processors without instructions for them
+(`sixteen_bits_are_slow`): there products are made in float32, and rounded.
+
     nbhd::linear    nbhd::linear_d_weight
 
 stand for it in compiled graphs, where PyTorch's own compiler would call MKL. They choose when they run.
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nbhd._modes import is_transformed, makes_a_graph
-from nbhd._processor import family, maker
+from nbhd._processor import family, features, maker
 
 #: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid: where
 #: AVX-512 makes twice the products of AVX2, and on AMD's Zen 4, where it makes as many and oneDNN is a little ahead.
@@ -56,6 +59,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch 2.7). Exported and traced graphs have the plain operator, and so have autocast, ``torch.func`` inside
     compiled functions and ``torch.backends.mkldnn.flags(enabled=False)``.
 
+    Where 16 bits are slow (`sixteen_bits_are_slow`) products in them, of autocast too, are made in float32 in eager
+    mode, and rounded.
+
     Args:
         input: ``[..., in_features]``.
         weight: ``[out_features, in_features]``.
@@ -66,6 +72,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
     if not makes_a_graph():
+        if is_slow(input, weight, bias) and not _keeps_up(dtype := dtype_of_products(input)):
+            with torch.autocast("cpu", enabled=False):
+                return linear(input.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
         if bias is not None and _takes_one_piece(input, weight, bias, TIMES_THE_WORK_FOR_A_BIAS):
             return in_one_piece(input, weight, bias, "none")
         # With gradients there are three products to prepare instead of one.
@@ -126,12 +135,12 @@ def runs_in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
     )
 
 
-def is_left_to_us(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_left_to_us(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a product may be made by other means than PyTorch's.
 
-    That is: plain float32 tensors in the CPU's memory, no gradient to come, in eager mode, and nobody watches.
+    That is: plain tensors of ``dtype`` in the CPU's memory, no gradient to come, in eager mode, and nobody watches.
     """
-    return not makes_a_graph() and _suits(input, weight) and _is_left_alone(input, weight, bias)
+    return not makes_a_graph() and _suits(input, weight, dtype) and _is_left_alone(input, weight, bias)
 
 
 def _takes_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, times_the_work: int = 1) -> bool:
@@ -157,7 +166,7 @@ def _is_left_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _is_plain_bias(bias: Tensor, weight: Tensor) -> bool:
     """Whether ``bias`` is one number for each output; PyTorch's own products broadcast others."""
-    return bias.dtype == torch.float32 and bias.is_contiguous() and bias.shape == weight.shape[:1]
+    return bias.dtype == weight.dtype and bias.is_contiguous() and bias.shape == weight.shape[:1]
 
 
 def in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -248,15 +257,11 @@ def _images_for_onednn(input: Tensor, weight: Tensor, times_the_work: int) -> in
     return images_of(input.numel() // weight.shape[1]) if pays else 0
 
 
-def _suits(input: Tensor, weight: Tensor) -> bool:
+def _suits(input: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     # Tensors of other classes (sharded, quantised) know linear() but not always a convolution.
     if type(input) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
         return False
-    return (
-        input.dtype == weight.dtype == torch.float32
-        and input.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return input.dtype == weight.dtype == dtype and input.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _pays(input: Tensor, weight: Tensor, times_the_work: int, fewest_rows: int = FEWEST_ROWS) -> bool:
@@ -313,6 +318,58 @@ def one_piece_is_faster() -> bool:
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and maker() == "GenuineIntel"
     )
+
+
+def is_slow(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether PyTorch would make a product or a convolution in 16 bits, slowly (`sixteen_bits_are_slow`).
+
+    That is: of plain tensors in the CPU's memory and of that dtype, or under autocast of any that it takes.
+    """
+    dtype = dtype_of_products(input)
+    if dtype == torch.float32 or type(input) is not Tensor:
+        return False
+    parameters = (weight,) if bias is None else (weight, bias)
+    takes = (torch.float32, *_INSTRUCTIONS) if torch.is_autocast_enabled("cpu") else (dtype,)
+    return (
+        all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
+        and all(tensor.device.type == "cpu" and tensor.dtype in takes for tensor in (input, *parameters))
+        and sixteen_bits_are_slow(dtype)
+    )
+
+
+#: Instructions for products in 16 bits, by Linux's names, and those of them that make several times as many.
+_INSTRUCTIONS = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "avx_ne_convert"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "avx_ne_convert"},
+}
+_MATRICES = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+
+
+@functools.cache
+def sixteen_bits_are_slow(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products in ``dtype`` take longer on this CPU than those in float32 and both conversions.
+
+    True for bfloat16 and float16 on x86 processors with AVX2 or AVX-512 that have no instructions for them (PyTorch
+    takes five to ten times as long then), and on Intel's with AVX-512 and without AMX, which make no more products by
+    ``vdpbf16ps`` than in float32. Elsewhere it is not yet measured.
+    """
+    has, capability = features(), torch.backends.cpu.get_cpu_capability()
+    if dtype not in _INSTRUCTIONS or has is None or not capability.startswith("AVX"):
+        return False
+    if capability.startswith("AVX512") and maker() == "GenuineIntel":
+        return _MATRICES[dtype] not in has
+    return not has & _INSTRUCTIONS[dtype]
+
+
+@functools.cache
+def _keeps_up(dtype: torch.dtype) -> bool:
+    """Whether 16 bits are slower by no more than conversions to float32 take: linear layers in float16 on Intel's."""
+    return dtype == torch.float16 and "avx512_fp16" in (features() or ())
+
+
+def dtype_of_products(input: Tensor) -> torch.dtype:
+    """What PyTorch's layers compute in, given ``input`` in the CPU's memory: its dtype, or autocast's."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
 
 
 @functools.cache

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nbhd.backends import cpu
+from nbhd.backends.cpu_linear import DTYPES
+from nbhd.convolution import Conv2d
 from nbhd.errors import ArgumentError
 from nbhd.linear import Linear, is_plain
 from nbhd.packed import PackedConv2d, PackedLinear, packed_convolutions_are_faster, packed_linear_gain
@@ -68,8 +70,8 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
     Evaluation mode, no gradients; dropout and drop path taken out; the three products for query, key and value of each
     neighborhood attention fused into one, whose result the operator reads through strided views, without copies
     (attentions with hooks, adapters or a ``forward`` of their own stay as they are). On CPUs where it is faster (it is
-    measured, once a process: `nbhd.packed`), float32 weights are kept a second time, in the order they are multiplied
-    in, and the native core makes the products with the norms, GELU and residuals around them.
+    measured, once a process: `nbhd.packed`), weights are kept a second time, in float32 and in the order they are
+    multiplied in, and the native core makes the products with the norms, GELU and residuals around them.
 
     Args:
         model: `NatForImageClassification`, `NatModel`, `NatBackbone`, or any model with one of them inside. What is not
@@ -186,7 +188,7 @@ def _convert(model: nn.Module, nats: list[nn.Module], dtype: Any, report: Infere
         return
     before = " and ".join(sorted(map(_name, dtypes)))
     model.to(dtype)
-    slower = "" if gain is None or gain >= 1 else "; expect it to be slower, though half the size"
+    slower = "" if gain is None or gain >= 1 else "; PyTorch's layers are slower in it, though half the size"
     report.add("dtype", True, f"{before} to {_name(dtype)}" + (f": {measured}{slower}" if measured else ""))
 
 
@@ -216,36 +218,38 @@ def _pack(nats: list[nn.Module], compile: bool, report: InferenceReport) -> None
     reason = None
     if compile:
         reason = "compiled graphs have the plain layers"
-    elif weight.device.type != "cpu" or weight.dtype != torch.float32:
-        reason = f"for float32 on a CPU, not {_name(weight.dtype)} on {weight.device.type}"
+    elif weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        reason = f"for float32 and 16 bits on a CPU, not {_name(weight.dtype)} on {weight.device.type}"
     if reason is not None:
         report.add("packed weights", False, reason)
         return
-    gain, with_convolutions = packed_linear_gain(), packed_convolutions_are_faster()
+    gain = packed_linear_gain(weight.dtype)
+    with_convolutions = weight.dtype == torch.float32 and packed_convolutions_are_faster()
     if gain <= 1 and not with_convolutions:
         watched = "it cannot be measured under a mode that watches PyTorch's operators"
         slower = f"an MLP takes {1 / gain:.2g} times as long on this CPU" if gain else cpu.why_unusable() or watched
         report.add("packed weights", False, slower)
         return
-    kinds = ((Linear,) if gain > 1 else ()) + ((nn.Conv2d,) if with_convolutions else ())
-    weights = [weight for nat in nats for weight in _pack_layers(nat, kinds)]
+    kinds = ((Linear,) if gain > 1 else ()) + ((nn.Conv2d, Conv2d) if with_convolutions else ())
+    weights = [packed for nat in nats for packed in _pack_layers(nat, kinds, weight.dtype)]
     if not weights:
         report.add("packed weights", False, "packed already, or hooks are in the way")
         return
-    size = sum(weight.nbytes for weight in weights) / 2**20
+    size = sum(weight.numel() for weight in weights) * 4 / 2**20  # in float32
     reason = f"{len(weights)} layers keep their weights a second time from their first call on, {size:.3g} MiB in all"
     if joined := sum(map(_join_layers, nats)):
         reason += f"; {joined} layers of NAT in four calls each: an MLP is {gain:.2f} times as fast on this CPU"
     report.add("packed weights", True, reason)
 
 
-def _pack_layers(nat: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Tensor]:
-    """Puts layers with packed weights in the place of those of ``kinds``, and returns their weights."""
+def _pack_layers(nat: nn.Module, kinds: tuple[type[nn.Module], ...], dtype: torch.dtype) -> list[Tensor]:
+    """Puts layers with packed weights in the place of those of ``kinds`` and ``dtype``, and returns their weights."""
     weights: list[Any] = []
     for module in list(nat.modules()):
         for name, child in list(module.named_children()):
             packed: nn.Module
-            if type(getattr(child, "weight", None)) is not nn.Parameter or type(child) not in kinds:
+            weight = getattr(child, "weight", None)
+            if type(weight) is not nn.Parameter or weight.dtype != dtype or type(child) not in kinds:
                 continue
             if isinstance(child, Linear) and is_plain(child):
                 packed = PackedLinear(child)

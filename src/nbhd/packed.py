@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from nbhd.backends import cpu, cpu_linear
-from nbhd.backends.cpu_linear import is_dense
+from nbhd.backends.cpu_linear import DTYPES, is_dense
+from nbhd.convolution import Conv2d
 from nbhd.linear import Linear, is_left_to_us, one_piece_is_faster, runs_in_one_piece
 
 #: Numbers of a convolution's weight that are compared at each call, a microsecond or two.
@@ -40,14 +41,16 @@ def packed_convolutions_are_faster() -> bool:
     return one_piece_is_faster() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def packed_linear_gain() -> float:
+def packed_linear_gain(dtype: torch.dtype = torch.float32) -> float:
     """How many times faster an MLP is in one call of the native core than by plain layers, measured in this process.
 
-    Takes some tens of milliseconds, once. 0 where there is no core, and where it cannot be measured: under a mode that
-    is to see PyTorch's operators.
+    Takes some tens of milliseconds, once for each dtype. 0 where there is no core or none for ``dtype``, and where it
+    cannot be measured: under a mode that is to see PyTorch's operators.
     """
+    if dtype not in DTYPES:
+        return 0.0
     try:
-        return _measured_gain()
+        return _measured_gain(dtype)
     except _NotNow:
         return 0.0
 
@@ -57,9 +60,9 @@ class _NotNow(Exception):
 
 
 @functools.cache
-def _measured_gain() -> float:
+def _measured_gain(dtype: torch.dtype) -> float:
     def ramp(*shape: int) -> Tensor:  # and no random number, which somebody else may be counting on
-        return torch.linspace(-0.1, 0.1, math.prod(shape), dtype=torch.float32).view(shape)
+        return torch.linspace(-0.1, 0.1, math.prod(shape), dtype=torch.float32).view(shape).to(dtype)
 
     def layer(out: int, features: int) -> Linear:
         made = Linear(features, out, device="meta")
@@ -74,7 +77,7 @@ def _measured_gain() -> float:
     alone = torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.inference_mode(False), torch.no_grad()
     with alone[0], alone[1], alone[2], alone[3]:
         rows, dim, hidden = 392, 128, 384  # a small part of NAT-Tiny
-        batch, norm = ramp(rows, dim), nn.LayerNorm(dim, dtype=torch.float32)
+        batch, norm = ramp(rows, dim), nn.LayerNorm(dim, dtype=dtype)
         first, second = layer(hidden, dim), layer(dim, hidden)
         whole = Layers(PackedLinear(second), hidden=PackedLinear(first), norm=norm)
         if whole(batch, batch) is None:
@@ -88,7 +91,9 @@ def _measured_gain() -> float:
 
 
 class PackedLinear(Linear):
-    """`nbhd.linear.Linear` with its weight packed.
+    """`nbhd.linear.Linear` with its weight packed, in float32 whatever dtype it has.
+
+    In another dtype than it has now, one that it is converted to later, it is the plain layer.
 
     Args:
         layer: whose parameters to take, the same objects.
@@ -97,6 +102,7 @@ class PackedLinear(Linear):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         _take_parameters(self, layer)
+        self.packed_dtype = layer.weight.dtype
         self._packed = _Packed()
         self._calls = Layers(self), Layers(self, gelu=True)
 
@@ -142,14 +148,14 @@ class Layers:
         Args:
             input: ``[..., in_features]``.
             residual: ``[..., out_features]``.
-            scale: ``[out_features]``.
+            scale: ``[out_features]``, float32.
 
         Returns:
             ``[..., out_features]``; None where PyTorch's own layers are to be taken: for a gradient, in another dtype
             or elsewhere than in the CPU's memory, in graphs and under modes that know PyTorch's operators only, and for
             shapes that do not fit, which its errors explain.
         """
-        if is_left_to_us(input, self.last.weight, self.last.bias):
+        if is_left_to_us(input, self.last.weight, self.last.bias, self.last.packed_dtype):
             return self.run(input, residual, scale)
         self.forget_other_kinds()
         return None
@@ -178,9 +184,9 @@ class Layers:
                 layer._packed.forget()
 
     def forget_other_kinds(self) -> None:
-        """Drop the packed weights if the layer's are not float32 in the CPU's memory any more."""
-        weight = self.last.weight
-        if not torch.compiler.is_compiling() and (weight.dtype != torch.float32 or weight.device.type != "cpu"):
+        """Drop the packed weights if the layer's are not of their dtype in the CPU's memory any more."""
+        kind = self.last.weight.dtype, self.last.weight.device.type
+        if not torch.compiler.is_compiling() and kind != (self.last.packed_dtype, "cpu"):
             self.forget()
 
     def __getstate__(self) -> dict[str, Any]:  # of copies as well
@@ -200,8 +206,8 @@ class _Parameter(NamedTuple):
     was: tuple[Any, ...]
 
     @classmethod
-    def of(cls, module: nn.Module, name: str, is_packed: bool = False) -> _Parameter | None:
-        """None if the core may not read it: it is no plain float32 in order in the CPU's memory."""
+    def of(cls, module: nn.Module, name: str, dtype: torch.dtype, is_packed: bool = False) -> _Parameter | None:
+        """None if the core may not read it: it is no plain ``dtype`` in order in the CPU's memory."""
         place = module._parameters
         parameter = place.get(name, _ABSENT)
         if parameter is None:
@@ -210,7 +216,7 @@ class _Parameter(NamedTuple):
             return None
         # what is looked at is what is computed with, whatever other threads put in its place
         source = parameter.detach()
-        if not is_dense(source, source.shape) or (is_packed and (source.is_inference() or source.ndim != 2)):
+        if not is_dense(source, source.shape, dtype) or (is_packed and (source.is_inference() or source.ndim != 2)):
             return None
         return cls(place, name, source, is_packed, _state(source, is_packed))
 
@@ -253,7 +259,7 @@ class _Prepared:
         call = self.call
         if input.shape[-1] != call.features:
             return False
-        if not (residual is None or is_dense(residual, (*input.shape[:-1], call.out))):
+        if not (residual is None or is_dense(residual, (*input.shape[:-1], call.out), input.dtype)):
             return False
         if not (scale is None or is_dense(scale, (call.out,))):
             return False
@@ -270,12 +276,13 @@ def _prepare(
     features: int, last: PackedLinear, hidden: PackedLinear | None, norm: nn.LayerNorm | None, gelu: bool
 ) -> _Prepared | None:
     """A call for inputs of so many features; None where PyTorch's layers are to be taken."""
-    if cpu.why_unusable() is not None:
+    dtype = last.packed_dtype
+    if cpu.why_unusable() is not None or dtype not in DTYPES:
         return None
     found: list[_Parameter | None] = []
     of_norm = None
     if norm is not None:
-        found += [_Parameter.of(norm, "weight"), _Parameter.of(norm, "bias")]
+        found += [_Parameter.of(norm, "weight", dtype), _Parameter.of(norm, "bias", dtype)]
         if norm.normalized_shape != (features,) or not all(p is not None and p.has_shape(features) for p in found):
             return None
         weight_and_bias = [p.source for p in found if p is not None]
@@ -283,7 +290,7 @@ def _prepare(
     settings = (norm.normalized_shape, norm.eps) if norm is not None else ()
     layers: list[cpu_linear.Layer] = []
     for layer in (last,) if hidden is None else (hidden, last):
-        weight, bias = _Parameter.of(layer, "weight", is_packed=True), _Parameter.of(layer, "bias")
+        weight, bias = _Parameter.of(layer, "weight", dtype, is_packed=True), _Parameter.of(layer, "bias", dtype)
         if weight is None or bias is None or weight.source is None or layer.weight.requires_grad:
             return None
         out = weight.source.shape[0]
@@ -297,8 +304,8 @@ def _prepare(
     return _Prepared(call, tuple(layers), tuple(p for p in found if p is not None), norm, settings)
 
 
-class PackedConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` with its weight packed, for maps with their channels last.
+class PackedConv2d(Conv2d):
+    """`nbhd.convolution.Conv2d` with its weight packed, for maps with their channels last.
 
     Args:
         layer: whose parameters and settings to take. Padding by zeros, given in numbers.
@@ -314,7 +321,9 @@ class PackedConv2d(nn.Conv2d):
     @staticmethod
     def suits(layer: nn.Module) -> bool:
         """Whether ``layer`` is one that this class may stand for."""
-        return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return (
+            type(layer) in (nn.Conv2d, Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ...)``, channels last in memory."""

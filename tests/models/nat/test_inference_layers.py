@@ -39,7 +39,7 @@ def wholes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return output
 
     monkeypatch.setattr(inference_layers._Whole, "__call__", spy)
-    monkeypatch.setattr(optimize, "packed_linear_gain", lambda: 1.25)
+    monkeypatch.setattr(optimize, "packed_linear_gain", lambda dtype: 1.25)
     yield seen
 
 
@@ -59,8 +59,8 @@ def plain_model(name: str = "nat") -> nn.Module:
     return model.eval()
 
 
-def packed_model(name: str = "nat") -> nn.Module:
-    model = nbhd.optimize_for_inference(plain_model(name), dtype=None)
+def packed_model(name: str = "nat", dtype: torch.dtype | None = None) -> nn.Module:
+    model = nbhd.optimize_for_inference(plain_model(name), dtype=dtype)
     assert len([module for module in model.modules() if isinstance(module, PackedNatLayer)]) == 3
     return model
 
@@ -84,6 +84,19 @@ def test_as_exact_as_the_plain_layers(name: str, size: tuple[int, ...], threads:
     assert wholes == [True] * 3
     error = (theirs - truth).square().mean().sqrt()
     assert (ours - truth).square().mean().sqrt() <= 2 * error + 1e-7 * truth.abs().max()
+
+
+@pytest.mark.parametrize("name", ["nat", "scaled", "dinat"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_are_as_exact_as_the_plain_layers(name: str, dtype: torch.dtype, wholes: list[bool]) -> None:
+    plain, model, pixels = plain_model(name).to(dtype), packed_model(name, dtype), torch.randn(5, 3, 64, 48).to(dtype)
+    with torch.no_grad():
+        truth = copy.deepcopy(plain).double()(pixels.double(), output_hidden_states=True).hidden_states
+        ours, theirs = (m(pixels, output_hidden_states=True).hidden_states for m in (model, plain))
+    assert wholes == [True] * 3
+    assert {hidden.dtype for hidden in ours} == {dtype}
+    for found, other, exact in zip(ours, theirs, truth, strict=True):
+        assert (found - exact).square().mean() <= 1.1 * (other - exact).square().mean()
 
 
 def test_the_same_bits_with_every_number_of_threads(wholes: list[bool]) -> None:
@@ -318,7 +331,9 @@ def test_the_gain_is_measured_wherever_it_is_asked_for(context: Callable) -> Non
     packed._measured_gain.cache_clear()
     numbers = torch.get_rng_state()
     with context():
-        assert packed.packed_linear_gain() > 0
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert packed.packed_linear_gain(dtype) > 0
+        assert packed.packed_linear_gain(torch.float64) == 0
     assert torch.equal(torch.get_rng_state(), numbers)
     packed._measured_gain.cache_clear()
     with FlopCounterMode(display=False):

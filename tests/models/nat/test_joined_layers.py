@@ -9,6 +9,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nbhd import joined
 from nbhd.backends import cpu
+from nbhd.backends.cpu_linear import DTYPES
 from nbhd.models import NatConfig, NatForImageClassification
 from nbhd.models.nat import joined_layers
 from nbhd.models.nat.layers import NatDropPath, NatLayer, NatOutput, NeighborhoodAttention
@@ -42,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return output
 
         monkeypatch.setattr(joined_layers, name, spy)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda: True)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: dtype in DTYPES)
     yield seen
 
 
@@ -52,7 +54,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable:
 
     def run(function: Callable) -> object:
         with monkeypatch.context() as context:
-            context.setattr(joined, "joined_layers_are_faster", lambda: False)
+            context.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
             return function()
 
     return run
@@ -127,6 +129,53 @@ def test_inference_is_the_plain_one(kind: str, context: Callable, calls: list[st
         found = model(PIXELS).logits
         assert calls == ["attention_branch", "mlp_branch"] * 3
         torch.testing.assert_close(found, plainly(lambda: model(PIXELS)).logits, rtol=1e-4, atol=1e-5)
+
+
+def errors(found: Any, exact: Any) -> list[float]:
+    return [float((x.double() - y.double()).square().mean().sqrt()) for x, y in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+def test_16_bits(kind: str, how: str, calls: list[str], plainly: Callable) -> None:
+    """Inference and a training step, with the dtypes that the plain layers have and errors as small."""
+    model = model_of(kind)
+    dtype = torch.bfloat16 if how == "autocast" else getattr(torch, how)
+    for parameter in model.parameters():
+        parameter.data = parameter.to(dtype).float()
+    exact = copy.deepcopy(model).double()
+    if how != "autocast":
+        model.to(dtype)
+
+    def hidden(of: nn.Module) -> list[Tensor]:
+        under = torch.autocast("cpu", dtype, enabled=how == "autocast" and of is not exact)
+        with under, torch.no_grad():
+            output = of(PIXELS.to(torch.float64 if of is exact else torch.float32), output_hidden_states=True)
+        return [*output.hidden_states, output.logits]
+
+    def trained(of: nn.Module) -> list[Tensor]:
+        under = torch.autocast("cpu", dtype, enabled=how == "autocast" and of is not exact)
+        torch.manual_seed(3)
+        of.zero_grad()
+        with under:
+            loss = of(PIXELS.to(torch.float64 if of is exact else torch.float32), labels=LABELS).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in of.parameters() if p.grad is not None)]
+
+    for mode, run in ((False, hidden), (True, trained)):
+        model.train(mode), exact.train(mode)
+        calls.clear()
+        found = run(model)
+        assert len(calls) == 6 or (mode and kind in ("scaled", "dropping") and calls)
+        calls.clear()
+        theirs, truth = plainly(lambda run=run: [t.clone() for t in run(model)]), plainly(lambda run=run: run(exact))
+        assert not calls
+        assert [t.dtype for t in found] == [t.dtype for t in theirs]
+        ours, expected = errors(found, truth), errors(theirs, truth)
+        size = [float(t.square().mean().sqrt()) for t in truth]
+        # each by itself is luck; a key's bias changes nothing
+        assert sum(ours) <= 1.2 * sum(expected)
+        assert all(a <= 2 * b + 0.01 * s for a, b, s in zip(ours, expected, size, strict=True))
 
 
 def test_all_images_of_a_branch_dropped(calls: list[str], plainly: Callable) -> None:
@@ -301,11 +350,11 @@ def test_an_activation_that_is_not_the_exact_gelu(calls: list[str], plainly: Cal
     "change",
     [
         lambda m: nn.utils.parametrizations.weight_norm(m.output.dense),
-        lambda m: m.double(), lambda m: m.bfloat16(),
+        lambda m: m.double(), lambda m: (m.bfloat16(), m.layernorm_before.float(), m.layernorm_after.float()),
         lambda m: setattr(m.layernorm_after, "eps", -1e-9),
         lambda m: m.layernorm_before.register_parameter("bias", nn.Parameter(torch.zeros(32).double())),
     ],
-    ids=["parametrized", "double", "bfloat16", "epsilon", "a bias of another dtype"],
+    ids=["parametrized", "double", "norms of another dtype", "epsilon", "a bias of another dtype"],
 )  # fmt: skip
 def test_layers_that_are_left_to_pytorch(change: Callable, calls: list[str], plainly: Callable) -> None:
     layer = first_layer(model_of()).train()
@@ -502,8 +551,6 @@ def test_graphs_transforms_and_counters_have_the_plain_layers(calls: list[str]) 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(PIXELS)
     assert counter.get_total_flops() > 0 and not calls
-    with torch.autocast("cpu"):
-        model(PIXELS)
     parameters = dict(model.named_parameters())
     torch.func.grad(lambda p: torch.func.functional_call(model, p, (PIXELS,)).logits.sum())(parameters)
     with torch.no_grad():

@@ -7,8 +7,10 @@ of it is for a `nbhd.models.nat.layers.NatLayer` that is made of its own parts.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nbhd.backends.cpu_linear import Layer, Norm
@@ -44,7 +46,8 @@ def attention_branch(layer: Any, hidden_states: Tensor, factor: float | None) ->
     query, key, value = (part.unflatten(-1, heads) for part in parts)
     del parts  # what follows can have their memory
     options: Any = {"dilation": attention.dilation, "rel_pos_bias": attention.rpb}
-    context = na2d(query, key, value, attention.kernel_size, **options).flatten(-2)
+    with _in_own_dtype(query):
+        context = na2d(query, key, value, attention.kernel_size, **options).flatten(-2)
     del query, key, value
     outputs = join(context, [_layer(layer.attention.output.dense)], **_added(hidden_states, factor))
     if outputs is not None:
@@ -61,6 +64,12 @@ def mlp_branch(layer: Any, hidden_states: Tensor, factor: float | None) -> Tenso
     hidden, last = _layer(layer.intermediate.dense), _layer(layer.output.dense)
     outputs = join(hidden_states, [last], hidden=hidden, norm=norm, **_added(hidden_states, factor))
     return None if outputs is None else outputs[0]
+
+
+def _in_own_dtype(query: Tensor) -> AbstractContextManager[object]:
+    """Without autocast where it would round float32, which what comes after reads and nothing gains by."""
+    rounds = query.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    return torch.autocast("cpu", enabled=False) if rounds else nullcontext()
 
 
 def _added(residual: Tensor, factor: float | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from nbhd._modes import is_transformed, makes_a_graph
+from nbhd.convolution import Conv2d
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
 from nbhd.joined import may_join
@@ -44,7 +45,7 @@ class NatPatchEmbeddings(nn.Module):
         halvings = config.patch_size.bit_length() - 1
         widths = [config.num_channels, *(config.embed_dim // 2**i for i in reversed(range(halvings)))]
         self.projection = nn.Sequential(
-            *(nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
+            *(Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ class NatDownsampler(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1, bias=False)
+        self.reduction = Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
