@@ -485,6 +485,7 @@ def sixteen_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """As if PyTorch's products in 16 bits were slow on this machine, or not."""
     monkeypatch.setattr(linear, "sixteen_bits_are_slow", lambda dtype: request.param == "slow")
     monkeypatch.setattr(linear, "_keeps_up", lambda dtype: False)
+    monkeypatch.setattr(linear, "_fewest_rows", lambda dtype: 8)
     yield request.param == "slow"
 
 
@@ -493,6 +494,7 @@ LAYERS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "linear without a bias": (lambda: Linear(48, 33, bias=False), (150, 48)),
     "convolution": (lambda: Conv2d(8, 20, 3, 2, 1), (2, 8, 13, 9)),
     "grouped convolution": (lambda: Conv2d(8, 16, (1, 3), groups=4, bias=False, padding_mode="reflect"), (2, 8, 5, 9)),
+    "unbatched convolution": (lambda: Conv2d(8, 16, 3, padding="same"), (8, 5, 9)),
 }
 
 
@@ -536,12 +538,12 @@ def test_16_bits_run_in_float32_where_they_are_slow(sixteen_bits: bool, monkeypa
     for make, shape in LAYERS.values():
         make().bfloat16()(torch.randn(shape).bfloat16())
     expected = torch.float32 if sixteen_bits else torch.bfloat16
-    assert seen == [expected] * 4
+    assert seen == [expected] * len(LAYERS)
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
         for make, shape in LAYERS.values():
             assert make()(torch.randn(shape)).dtype == torch.bfloat16
-    assert seen == [torch.float32] * 4  # what they are given
+    assert seen == [torch.float32] * len(LAYERS)  # what they are given
     seen.clear()
     for make, shape in LAYERS.values():
         layer = make().bfloat16()
@@ -552,8 +554,105 @@ def test_16_bits_run_in_float32_where_they_are_slow(sixteen_bits: bool, monkeypa
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):  # it leaves float64 alone
             layer(torch.randn(shape))
         plain = torch.export.export(make().bfloat16(), (torch.randn(shape).bfloat16(),)).graph
-        calls = [node for node in plain.nodes if node.op == "call_function" and "pad" not in str(node.target)]
-        assert len(calls) == 1
+        targets = [str(node.target) for node in plain.nodes if node.op == "call_function"]
+        assert len([t for t in targets if "linear" in t or "conv" in t]) == 1
+        assert not [t for t in targets if "_to" in t or "nbhd" in t]
+
+
+def test_few_rows_stay_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "sixteen_bits_are_slow", lambda dtype: True)
+    monkeypatch.setattr(linear, "_fewest_rows", lambda dtype: 24)
+    weight, kernel = torch.randn(5, 8).bfloat16(), torch.randn(5, 8, 3, 3).bfloat16()
+    for rows in (1, 23, 24):
+        assert linear.is_slow(torch.randn(rows, 8).bfloat16(), weight, None, None) is (rows >= 24)
+    seen: list[torch.dtype] = []
+    layer = Conv2d(8, 5, 3, 2, 1, bias=False).bfloat16()
+    monkeypatch.setattr(functional, "conv2d", lambda x, *rest: seen.append(x.dtype) or kernel.new_zeros(1))
+    for size in ((3, 8, 5, 5), (3, 8, 6, 5)):
+        layer(torch.randn(size).bfloat16())
+    layer(torch.randn(8, 9, 9).bfloat16())
+    assert seen == [torch.float32] * 3  # 27 positions, 27 and 25
+    layer(torch.randn(2, 8, 5, 6).bfloat16())
+    assert seen[3] == torch.bfloat16  # 18
+
+
+def test_rows_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, expected in ((set(), 8), (None, 8), ({"avx512_fp16"}, 8), ({"avx512_bf16"}, 128)):
+        monkeypatch.setattr(linear, "features", lambda has=has: has)
+        assert linear._fewest_rows.__wrapped__(torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_as_much_is_kept_for_the_backward(how: str, sixteen_bits: bool) -> None:
+    """The input in 16 bits, and the weight as it is."""
+    layer, kept = Linear(64, 64), []
+    batch = torch.randn(500, 64).bfloat16().requires_grad_()
+    if how == "bfloat16":
+        layer.bfloat16()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),  # type: ignore[func-returns-value]
+        torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"),
+    ):
+        layer(batch)
+    numbers = {t.data_ptr(): t.nbytes for t in kept}
+    assert sum(numbers.values()) <= batch.nbytes + 64 * 64 * 4
+
+
+def test_derivatives_of_16_bits(sixteen_bits: bool) -> None:
+    """Twice, forward, in batches and under transforms, as of PyTorch's layer."""
+    torch.manual_seed(0)
+    layer, plain = Linear(12, 7).bfloat16(), nn.Linear(12, 7).bfloat16()
+    plain.load_state_dict(layer.state_dict())
+    batch = torch.randn(40, 12).bfloat16()
+    results: list[list[Tensor]] = []
+    for each in (layer, plain):
+        x, w = batch.clone().requires_grad_(), each.weight
+        found = torch.autograd.grad(each(x).square().sum(), (x, w), create_graph=True)
+        second = torch.autograd.grad(sum(g.float().square().sum() for g in found), (x, w))
+
+        def of(parameters: Any, x: Tensor, each: nn.Module = each) -> Tensor:
+            return torch.func.functional_call(each, parameters, (x,)).float().square().mean()
+
+        parameters = {name: p.detach() for name, p in each.named_parameters()}
+        transformed = torch.func.grad(of)(parameters, batch)
+        _, tangent = torch.func.jvp(lambda p, each=each: of(p, batch, each), (parameters,), (parameters,))
+        stacked = torch.vmap(each)(torch.stack([batch, -batch]))
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, each=each: each(x)[:9].float().sum(1), batch, vectorize=True
+        )
+        results.append([*found, *second, *transformed.values(), tangent, stacked, jacobian])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02 * float(theirs.detach().abs().max()))
+
+
+def test_layers_are_traced_and_looked_at_once(sixteen_bits: bool) -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counting.calls += 1
+            return x * 2
+
+    for make, shape in LAYERS.values():
+        layer, batch = make().bfloat16(), torch.randn(shape).bfloat16()
+        traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+        torch.testing.assert_close(traced(batch), layer(batch), rtol=2e-2, atol=2e-2)
+        nn.utils.parametrize.register_parametrization(layer, "weight", Counting())
+        Counting.calls = 0
+        layer(batch)
+        assert Counting.calls == 1
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
+def test_other_layouts_are_left_to_pytorch(sixteen_bits: bool) -> None:
+    layer, plain = Linear(12, 7).bfloat16(), nn.Linear(12, 7).bfloat16()
+    plain.load_state_dict(layer.state_dict())
+    ragged = torch.nested.nested_tensor([torch.randn(30, 12), torch.randn(9, 12)]).bfloat16()
+    for ours, theirs in zip(layer(ragged).unbind(), plain(ragged).unbind(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    weight = layer.weight.detach().to_sparse_csr()
+    assert not linear.is_slow(torch.randn(30, 12).bfloat16(), weight, None, None)
 
 
 def test_which_16_bits_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:

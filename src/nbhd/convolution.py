@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +21,20 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ...)``."""
         # First of all whether a graph is made: a compiler would warn of the cache behind sixteen_bits_are_slow.
-        weight, bias = self.weight, self.bias
-        if makes_a_graph() or not is_slow(input, weight, bias):
+        if makes_a_graph():
             return super().forward(input)
+        weight, bias = self.weight, self.bias  # looked at once: parametrized ones are computed each time
+        if not is_slow(input, weight, bias, _positions(input, self.stride)):
+            return self._conv_forward(input, weight, bias)
         dtype = dtype_of_products(input)
         with torch.autocast("cpu", enabled=False):
             output = self._conv_forward(input.float(), weight.float(), None if bias is None else bias.float())
         return output.to(dtype)
+
+
+def _positions(input: Tensor, stride: tuple[int, ...]) -> int:
+    """About how many a convolution computes: what are rows to a product."""
+    if type(input) is not Tensor or input.ndim < 3:
+        return 0
+    *batch, _, height, width = input.shape
+    return math.prod(batch) * -(-height // stride[0]) * -(-width // stride[1])

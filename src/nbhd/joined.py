@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from nbhd._gradients import expect_kept, is_special
@@ -81,6 +81,7 @@ def may_join(input: Tensor) -> bool:
     """
     return (
         not makes_a_graph()  # the first of all: a compiler would warn of the cache behind joined_layers_are_faster
+        and type(input) in (Tensor, nn.Parameter)  # others may stand for a tensor in a graph and have no dtype
         and joined_layers_are_faster(dtype := dtype_of_products(input))
         and input.dtype in (torch.float32, dtype)
         and not is_transformed()  # its tensors have no memory to ask for

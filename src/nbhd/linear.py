@@ -72,9 +72,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
     if not makes_a_graph():
-        if is_slow(input, weight, bias) and not _keeps_up(dtype := dtype_of_products(input)):
-            with torch.autocast("cpu", enabled=False):
-                return linear(input.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+        if is_slow(input, weight, bias, None) and not _keeps_up(dtype := dtype_of_products(input)):
+            multiply = _InFloat32.apply if torch.is_grad_enabled() else _in_float32
+            made: Tensor = multiply(input, weight, bias, dtype)
+            return made
         if bias is not None and _takes_one_piece(input, weight, bias, TIMES_THE_WORK_FOR_A_BIAS):
             return in_one_piece(input, weight, bias, "none")
         # With gradients there are three products to prepare instead of one.
@@ -320,21 +321,77 @@ def one_piece_is_faster() -> bool:
     )
 
 
-def is_slow(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_slow(input: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None) -> bool:
     """Whether PyTorch would make a product or a convolution in 16 bits, slowly (`sixteen_bits_are_slow`).
 
-    That is: of plain tensors in the CPU's memory and of that dtype, or under autocast of any that it takes.
+    That is: of plain tensors in the CPU's memory and of that dtype, or under autocast of any that it takes, and of more
+    ``rows`` than are over before converting the weight has paid; None: of ``input``.
     """
-    dtype = dtype_of_products(input)
-    if dtype == torch.float32 or type(input) is not Tensor:
+    if type(input) is not Tensor:  # the first of all: others, which stand for a tensor in a graph, may have no dtype
         return False
-    parameters = (weight,) if bias is None else (weight, bias)
+    dtype = dtype_of_products(input)
+    if dtype == torch.float32:
+        return False
+    tensors = (input, weight) if bias is None else (input, weight, bias)
     takes = (torch.float32, *_INSTRUCTIONS) if torch.is_autocast_enabled("cpu") else (dtype,)
-    return (
-        all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
-        and all(tensor.device.type == "cpu" and tensor.dtype in takes for tensor in (input, *parameters))
-        and sixteen_bits_are_slow(dtype)
-    )
+    if not all(type(t) in (Tensor, nn.Parameter) and t.dtype in takes and _is_in_memory(t) for t in tensors):
+        return False
+    if rows is None:
+        rows = input.numel() // max(1, weight.shape[-1])
+    return sixteen_bits_are_slow(dtype) and rows >= _fewest_rows(dtype)
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _in_float32(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return linear(input.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+
+
+class _InFloat32(torch.autograd.Function):
+    """A product in float32 that keeps input and weight as they are, and converts them again in the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _in_float32(input, weight, bias, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        batch, weight, bias, ctx.dtype = inputs
+        ctx.save_for_backward(batch, weight)
+        ctx.save_for_forward(batch, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        batch, weight = ctx.saved_tensors
+        for_batch, for_weight, for_bias, _ = ctx.needs_input_grad
+        of_batch = of_weight = of_bias = None
+        with torch.autocast("cpu", enabled=False):
+            gradient = gradient.float()
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            if for_batch:
+                of_batch = linear(gradient, weight.float().t()).to(batch.dtype)
+            if for_weight:
+                of_weight = (rows.t() @ batch.float().reshape(-1, batch.shape[-1])).to(weight.dtype)
+            if for_bias:
+                of_bias = rows.sum(0).to(ctx.bias_dtype)
+        return of_batch, of_weight, of_bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, input: Tensor | None, weight: Tensor | None, bias: Tensor | None, _: None) -> Tensor:
+        saved_input, saved_weight = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            parts = [linear(input.float(), saved_weight.float())] if input is not None else []
+            parts += [linear(saved_input.float(), weight.float())] if weight is not None else []
+            parts += [bias.float()] if bias is not None else []
+            shape = (*saved_input.shape[:-1], saved_weight.shape[0])
+            total: Tensor = sum(parts[1:], parts[0])
+            return total.to(ctx.dtype).expand(shape)
 
 
 #: Instructions for products in 16 bits, by Linux's names, and those of them that make several times as many.
@@ -359,6 +416,15 @@ def sixteen_bits_are_slow(dtype: torch.dtype) -> bool:
     if capability.startswith("AVX512") and maker() == "GenuineIntel":
         return _MATRICES[dtype] not in has
     return not has & _INSTRUCTIONS[dtype]
+
+
+#: Fewer rows are over before converting the weight has paid: without instructions for 16 bits, and with them.
+_FEWEST_ROWS_WITHOUT, _FEWEST_ROWS_WITH = 8, 128
+
+
+@functools.cache
+def _fewest_rows(dtype: torch.dtype) -> int:
+    return _FEWEST_ROWS_WITH if _INSTRUCTIONS[dtype] & (features() or set()) else _FEWEST_ROWS_WITHOUT
 
 
 @functools.cache

@@ -99,6 +99,8 @@ class PackedLinear(Linear):
         layer: whose parameters to take, the same objects.
     """
 
+    packed_dtype = torch.float32
+
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         _take_parameters(self, layer)

@@ -1,8 +1,7 @@
 // Linear layers over rows, with what stands around them in a transformer: a layer norm before, GELU between two of them, a
 // factor and a residual after. A task has a block of rows; what it makes between input and output stays in its cache.
 #pragma once
-#include "layer_norm.h"
-#include "product.h"
+#include "few_rows.h"
 
 namespace nbhd::NBHD_ISA {
 
@@ -25,66 +24,6 @@ struct LinearJob {
         int64_t n = 0;
         for (int i = 0; i < l->n_last; i++) n += last[i].n_panels();
         return n;
-    }
-};
-
-static int64_t widest_last(const LinearLayers &l) {
-    int64_t n = 0;
-    for (int p = 0; p < l.n_last; p++)
-        if (l.last[p].out > n) n = l.last[p].out;
-    return n;
-}
-
-// The call's rows from one of them on.
-template <class T>
-NBHD_INLINE RowsOf<T> rows_of(Elements e, int64_t row) {
-    return RowsOf<T>{(const T *)e.data, e.stride}.from(row);
-}
-
-// The block's inputs as the tiles want them.
-template <class T>
-static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_moments, float *room) {
-    const RowsOf<T> as_they_lie = rows_of<T>(l.input, row);
-    const int64_t stride = padded(l.in);
-    Rows x{room, stride};
-    if constexpr (is_float<T>) {
-        if (!l.norm.is_there) return apart(as_they_lie, rows, l.in, room);
-        x = as_they_lie;
-    } else {
-        widen(as_they_lie, rows, l.in, room, stride);
-        if (!l.norm.is_there) return x;
-    }
-    float *moments = keeps_moments && l.moments ? l.moments + 2 * row : nullptr;
-    normalise(x, l.norm, l.epsilon, rows, l.in, moments, room, stride);
-    return {room, stride};
-}
-
-// Where the sums of last layers are made: in the output, or in memory of the task and written from there.
-template <class T>
-struct LastSums {
-    const LinearLayers *l;
-    int64_t row, rows;
-    Output room;
-
-    Output of(int p) const {
-        const Elements &output = l->output[p];
-        if constexpr (is_float<T>) return {(T *)output.data + row * output.stride, output.stride};
-        else return room;
-    }
-    Finish finish(int p) const {
-        Finish f{l->last[p].bias, l->scale, {}, l->gelu, {}, {}};
-        if constexpr (is_float<T>) f.residual = rows_of<T>(l->residual, row);
-        return f;
-    }
-    // Columns [begin, end) are complete.
-    void write(int p, int64_t begin, int64_t end) const {
-        if constexpr (!is_float<T>) {
-            const Elements &output = l->output[p];
-            RowsOf<T> residual = rows_of<T>(l->residual, row);
-            if (residual.data) residual.data += begin;
-            narrow(Rows{room.data + begin, room.stride}, residual, rows, end - begin,
-                   (T *)output.data + row * output.stride + begin, output.stride);
-        }
     }
 };
 
@@ -197,6 +136,7 @@ static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
 }
 
 static bool linear(const LinearLayers &l, const Threads &threads) {
+    if (are_few_rows(l)) return linear_of_few_rows(l, threads);
     const int64_t columns = l.in + (l.dtype == Dtype::float32 ? 0 : widest_last(l)); // that a block keeps of its rows
     LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, columns}, {}, Stage::whole, 1, false};
     Packing packings[1 + most_layers];

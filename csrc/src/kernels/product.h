@@ -243,6 +243,22 @@ struct Packing {
     int64_t size() const { return n_panels() * panel_columns * n_inputs(); }
 };
 
+// A panel of `n` inputs, of which `source` has `columns` outputs, [columns][in].
+template <class T>
+static void pack_inputs(const T *source, int64_t in, int64_t columns, int64_t n, float *to) {
+    for (int64_t c = 0; c < panel_columns; c += lanes) {
+        const T *from = source + c * in;
+        for (int64_t k = 0; k < n; k += lanes) {
+            const int64_t some = n - k < lanes ? n - k : lanes;
+            Vec r[lanes];
+#pragma GCC unroll 16
+            for (int l = 0; l < lanes; l++) r[l] = c + l < columns ? load_some(from + l * in + k, some) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < some; i++) store(to + (k + i) * panel_columns + c, r[i]);
+        }
+    }
+}
+
 template <class T>
 static void pack_panel(const Packing &p, const T *source, int64_t panel) {
     const int64_t first = panel * panel_columns, in = p.in, n = p.n_inputs();
@@ -256,17 +272,7 @@ static void pack_panel(const Packing &p, const T *source, int64_t panel) {
                 store(to + c, c < columns ? load_some(from + c, columns - c) * factor : Vec{});
         return;
     }
-    for (int64_t c = 0; c < panel_columns; c += lanes) {
-        const T *from = source + (first + c) * in;
-        for (int64_t k = 0; k < n; k += lanes) {
-            const int64_t some = n - k < lanes ? n - k : lanes;
-            Vec r[lanes];
-#pragma GCC unroll 16
-            for (int l = 0; l < lanes; l++) r[l] = c + l < columns ? load_some(from + l * in + k, some) : Vec{};
-            transpose(r);
-            for (int64_t i = 0; i < some; i++) store(to + (k + i) * panel_columns + c, r[i]);
-        }
-    }
+    pack_inputs(source + first * in, in, columns, n, to);
 }
 
 static void pack_panel(const Packing &p, int64_t panel) {

@@ -198,6 +198,8 @@ class _Whole:
         if scales is not None:
             if type(scales) not in (Tensor, nn.Parameter) or scales.shape != (2, hidden_states.shape[-1]):
                 return None
+            if scales.dtype != hidden_states.dtype:
+                return None
             of_attention, of_mlp = scales.float().unbind()
         qkv = self._qkv(hidden_states)
         if qkv is None:
