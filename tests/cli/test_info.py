@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from nbhd import __version__, backends
+from nbhd import __version__, backends, linear
+from nbhd.backends import cpu
 from nbhd.checkpoints import default_checkpoint
 from nbhd.errors import CheckpointError
 from tests.commands import nbhd
@@ -36,8 +37,24 @@ def test_verdicts_are_those_of_the_backends_in_their_order() -> None:
     assert [each["name"] for each in found["cpu"]] == list(backends.order("cpu"))
     for each in found["cpu"]:
         reason = backends.load(each["name"]).why_unusable()
-        assert each == {"name": each["name"], "usable": reason is None, "reason": reason}
-    assert found["cpu"][-1] == {"name": "reference", "usable": True, "reason": None}
+        details = cpu.description() if each["name"] == "cpu" and reason is None else None
+        assert each == {"name": each["name"], "usable": reason is None, "reason": reason, "details": details}
+    assert found["cpu"][-1] == {"name": "reference", "usable": True, "reason": None, "details": None}
+
+
+@pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
+def test_the_library_is_named() -> None:
+    library = cpu.loaded_library()
+    run = nbhd("info")
+    assert f"usable: {library.isa}, " in run.stdout and str(library.path) in run.stdout
+
+
+@pytest.mark.parametrize("slow", [set(), {torch.bfloat16}, {torch.bfloat16, torch.float16}])
+def test_dtypes_that_are_slow_are_named(slow: set[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "sixteen_bits_are_slow", slow.__contains__)
+    names = [name for name in ("bfloat16", "float16") if getattr(torch, name) in slow]
+    assert info()["cpu"]["slow_dtypes"] == names
+    assert (f"networks in {' and '.join(names)} compute in float32" in nbhd("info").stdout) is bool(names)
 
 
 def test_why_a_backend_is_not_usable_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +79,7 @@ def test_a_backend_that_cannot_be_imported_does_not_end_it(monkeypatch: pytest.M
 def test_backends_of_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.ORDER, "cuda", ("reference",))
     assert info()["backends"]["cuda"] == [
-        {"name": "reference", "usable": False, "reason": "this machine has no cuda device"}
+        {"name": "reference", "usable": False, "reason": "this machine has no cuda device", "details": None}
     ]
 
 

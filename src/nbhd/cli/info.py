@@ -42,6 +42,8 @@ def gather() -> dict[str, Any]:
     """The facts, as ``--format json`` prints them."""
     import torch
 
+    from nbhd.linear import sixteen_bits_are_slow
+
     return {
         "nbhd": __version__,
         "python": platform.python_version(),
@@ -52,6 +54,8 @@ def gather() -> dict[str, Any]:
             "name": _processor.name(),
             "isa": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
+            # what networks of nbhd in these compute in float32
+            "slow_dtypes": [name for name in ("bfloat16", "float16") if sixteen_bits_are_slow(getattr(torch, name))],
         },
         "devices": _devices(),
         "backends": _backends(),
@@ -93,13 +97,17 @@ def _backends() -> dict[str, list[dict[str, Any]]]:
     for kind in types:
         found[kind] = []
         for name in backends.order(kind):
+            details = None
             try:
-                reason = backends.load(name).why_unusable()
+                backend: Any = backends.load(name)
+                reason = backend.why_unusable()
+                if reason is None and hasattr(backend, "description"):
+                    details = backend.description()
             except Exception as error:  # a broken installation is what this command is there to show
                 reason = f"it cannot be imported: {error}"
             if reason is None and kind not in here:
-                reason = f"this machine has no {kind} device"
-            found[kind].append({"name": name, "usable": reason is None, "reason": reason})
+                reason, details = f"this machine has no {kind} device", None
+            found[kind].append({"name": name, "usable": reason is None, "reason": reason, "details": details})
     return found
 
 
@@ -137,11 +145,14 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"packages     {packages}",
         f"CPU          {cpu['name']}: {cpu['isa']}, {cpu['threads']} thread{'s' * (cpu['threads'] != 1)}",
         "devices      " + ", ".join(f"{each['device']} ({each['name']})" for each in facts["devices"]),
-        "backends     in the order they are tried",
     ]
+    if slow := " and ".join(cpu["slow_dtypes"]):
+        lines.append(f"16 bits      networks in {slow} compute in float32 on this CPU, where PyTorch is slower in them")
+    lines.append("backends     in the order they are tried")
     for kind, backends in facts["backends"].items():
         for i, each in enumerate(backends):
-            verdict = "usable" if each["usable"] else f"not usable: {each['reason']}"
+            details = f": {each['details']}" if each["details"] else ""
+            verdict = f"usable{details}" if each["usable"] else f"not usable: {each['reason']}"
             lines.append(f"  {'' if i else kind:<10} {each['name']:<10} {verdict}")
     model = facts["default_checkpoint"]
     if model is None:
