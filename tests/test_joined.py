@@ -524,7 +524,7 @@ def test_weights_that_are_left_to_pytorch(change: Callable, which: int) -> None:
 def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     real = joined.joined_layers_are_faster.__wrapped__
-    monkeypatch.setattr(joined, "sixteen_bits_are_slow", lambda dtype: dtype == torch.float16)
+    monkeypatch.setattr(joined, "are_slow", lambda dtype: dtype == torch.float16)
     for maker, capability, isa, expected in (
         ("GenuineIntel", "AVX512", "avx512", {torch.float32, torch.float16}),
         ("GenuineIntel", "AVX512", "avx2", {torch.float16}), ("GenuineIntel", "AVX2", "avx512", {torch.float16}),

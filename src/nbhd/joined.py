@@ -25,7 +25,7 @@ from nbhd._processor import maker
 from nbhd.backends import cpu, cpu_linear
 from nbhd.backends.cpu_linear import DTYPES, Gradients, Layer, Norm, is_dense
 from nbhd.errors import BackendError
-from nbhd.linear import dtype_of_products, sixteen_bits_are_slow
+from nbhd.sixteen_bits import are_slow, dtype_of_products
 
 #: Fewer rows than this are over before packing the weights has paid.
 FEWEST_ROWS = 32
@@ -37,12 +37,12 @@ def joined_layers_are_faster(dtype: torch.dtype) -> bool:
 
     In float32 that is true on Intel's processors with AVX-512; elsewhere it is not yet measured. With AVX2 alone
     inference gains and training does not. In 16 bits it is true where PyTorch's own are slow
-    (`nbhd.linear.sixteen_bits_are_slow`).
+    (`nbhd.sixteen_bits.are_slow`).
     """
     if cpu.why_unusable() is not None or not cpu.loaded_library().isa.startswith("avx"):
         return False
     if dtype != torch.float32:
-        return sixteen_bits_are_slow(dtype)
+        return are_slow(dtype)
     return (
         cpu.loaded_library().isa.startswith("avx512")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"

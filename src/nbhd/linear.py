@@ -9,7 +9,7 @@ On Intel's processors MKL's products are as fast. There oneDNN gains in inferenc
 GELU while a product is at hand (`linear_gelu`) instead of reading and writing all of it again for each.
 
 In bfloat16 and float16 PyTorch takes several times as long as in float32 on processors without instructions for them
-(`sixteen_bits_are_slow`): there products are made in float32, and rounded.
+(`nbhd.sixteen_bits`): there products are made in float32, and rounded.
 
     nbhd::linear    nbhd::linear_d_weight
 
@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from nbhd._modes import is_transformed, makes_a_graph
 from nbhd._processor import family, features, maker
+from nbhd.sixteen_bits import dtype_of_products, is_slow
 
 #: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid: where
 #: AVX-512 makes twice the products of AVX2, and on AMD's Zen 4, where it makes as many and oneDNN is a little ahead.
@@ -59,7 +60,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch 2.7). Exported and traced graphs have the plain operator, and so have autocast, ``torch.func`` inside
     compiled functions and ``torch.backends.mkldnn.flags(enabled=False)``.
 
-    Where 16 bits are slow (`sixteen_bits_are_slow`) products in them, of autocast too, are made in float32 in eager
+    Where 16 bits are slow (`nbhd.sixteen_bits`) products in them, of autocast too, are made in float32 in eager
     mode, and rounded.
 
     Args:
@@ -72,9 +73,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
     if not makes_a_graph():
-        if is_slow(input, weight, bias, None) and not _keeps_up(dtype := dtype_of_products(input)):
+        if _is_slow(input, weight, bias):
             multiply = _InFloat32.apply if torch.is_grad_enabled() else _in_float32
-            made: Tensor = multiply(input, weight, bias, dtype)
+            made: Tensor = multiply(input, weight, bias, dtype_of_products(input))
             return made
         if bias is not None and _takes_one_piece(input, weight, bias, TIMES_THE_WORK_FOR_A_BIAS):
             return in_one_piece(input, weight, bias, "none")
@@ -321,28 +322,17 @@ def one_piece_is_faster() -> bool:
     )
 
 
-def is_slow(input: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None) -> bool:
-    """Whether PyTorch would make a product or a convolution in 16 bits, slowly (`sixteen_bits_are_slow`).
-
-    That is: of plain tensors in the CPU's memory and of that dtype, or under autocast of any that it takes, and of more
-    ``rows`` than are over before converting the weight has paid; None: of ``input``.
-    """
-    if type(input) is not Tensor:  # the first of all: others, which stand for a tensor in a graph, may have no dtype
+def _is_slow(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if type(input) is not Tensor or weight.ndim != 2:
         return False
-    dtype = dtype_of_products(input)
-    if dtype == torch.float32:
-        return False
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    takes = (torch.float32, *_INSTRUCTIONS) if torch.is_autocast_enabled("cpu") else (dtype,)
-    if not all(type(t) in (Tensor, nn.Parameter) and t.dtype in takes and _is_in_memory(t) for t in tensors):
-        return False
-    if rows is None:
-        rows = input.numel() // max(1, weight.shape[-1])
-    return sixteen_bits_are_slow(dtype) and rows >= _fewest_rows(dtype)
+    rows = input.numel() // max(1, weight.shape[1])
+    return is_slow(input, weight, bias, rows) and not _keeps_up(dtype_of_products(input))
 
 
-def _is_in_memory(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_nested
+@functools.cache
+def _keeps_up(dtype: torch.dtype) -> bool:
+    """Whether 16 bits are slower by no more than conversions to float32 take: linear layers in float16 on Intel's."""
+    return dtype == torch.float16 and "avx512_fp16" in (features() or ())
 
 
 def _in_float32(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -392,50 +382,6 @@ class _InFloat32(torch.autograd.Function):
             shape = (*saved_input.shape[:-1], saved_weight.shape[0])
             total: Tensor = sum(parts[1:], parts[0])
             return total.to(ctx.dtype).expand(shape)
-
-
-#: Instructions for products in 16 bits, by Linux's names, and those of them that make several times as many.
-_INSTRUCTIONS = {
-    torch.bfloat16: {"avx512_bf16", "amx_bf16", "avx_ne_convert"},
-    torch.float16: {"avx512_fp16", "amx_fp16", "avx_ne_convert"},
-}
-_MATRICES = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
-
-
-@functools.cache
-def sixteen_bits_are_slow(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's products in ``dtype`` take longer on this CPU than those in float32 and both conversions.
-
-    True for bfloat16 and float16 on x86 processors with AVX2 or AVX-512 that have no instructions for them (PyTorch
-    takes five to ten times as long then), and on Intel's with AVX-512 and without AMX, which make no more products by
-    ``vdpbf16ps`` than in float32. Elsewhere it is not yet measured.
-    """
-    has, capability = features(), torch.backends.cpu.get_cpu_capability()
-    if dtype not in _INSTRUCTIONS or has is None or not capability.startswith("AVX"):
-        return False
-    if capability.startswith("AVX512") and maker() == "GenuineIntel":
-        return _MATRICES[dtype] not in has
-    return not has & _INSTRUCTIONS[dtype]
-
-
-#: Fewer rows are over before converting the weight has paid: without instructions for 16 bits, and with them.
-_FEWEST_ROWS_WITHOUT, _FEWEST_ROWS_WITH = 8, 128
-
-
-@functools.cache
-def _fewest_rows(dtype: torch.dtype) -> int:
-    return _FEWEST_ROWS_WITH if _INSTRUCTIONS[dtype] & (features() or set()) else _FEWEST_ROWS_WITHOUT
-
-
-@functools.cache
-def _keeps_up(dtype: torch.dtype) -> bool:
-    """Whether 16 bits are slower by no more than conversions to float32 take: linear layers in float16 on Intel's."""
-    return dtype == torch.float16 and "avx512_fp16" in (features() or ())
-
-
-def dtype_of_products(input: Tensor) -> torch.dtype:
-    """What PyTorch's layers compute in, given ``input`` in the CPU's memory: its dtype, or autocast's."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from nbhd import __version__, backends, linear
+from nbhd import __version__, backends, sixteen_bits
 from nbhd.backends import cpu
 from nbhd.checkpoints import default_checkpoint
 from nbhd.errors import CheckpointError
@@ -51,7 +51,7 @@ def test_the_library_is_named() -> None:
 
 @pytest.mark.parametrize("slow", [set(), {torch.bfloat16}, {torch.bfloat16, torch.float16}])
 def test_dtypes_that_are_slow_are_named(slow: set[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "sixteen_bits_are_slow", slow.__contains__)
+    monkeypatch.setattr(sixteen_bits, "are_slow", slow.__contains__)
     names = [name for name in ("bfloat16", "float16") if getattr(torch, name) in slow]
     assert info()["cpu"]["slow_dtypes"] == names
     assert (f"networks in {' and '.join(names)} compute in float32" in nbhd("info").stdout) is bool(names)

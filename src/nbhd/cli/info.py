@@ -42,7 +42,7 @@ def gather() -> dict[str, Any]:
     """The facts, as ``--format json`` prints them."""
     import torch
 
-    from nbhd.linear import sixteen_bits_are_slow
+    from nbhd import sixteen_bits
 
     return {
         "nbhd": __version__,
@@ -55,7 +55,7 @@ def gather() -> dict[str, Any]:
             "isa": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             # what networks of nbhd in these compute in float32
-            "slow_dtypes": [name for name in ("bfloat16", "float16") if sixteen_bits_are_slow(getattr(torch, name))],
+            "slow_dtypes": [name for name in ("bfloat16", "float16") if sixteen_bits.are_slow(getattr(torch, name))],
         },
         "devices": _devices(),
         "backends": _backends(),
