@@ -131,6 +131,21 @@ def test_small_convolutions_stay_in_16_bits(
     assert seen == [torch.float32 if expected else torch.bfloat16]
 
 
+def test_convolutions_in_float16_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's have a backward that is a hundred times slower."""
+    monkeypatch.setattr(sixteen_bits, "are_slow", lambda dtype: True)
+    monkeypatch.setattr(sixteen_bits, "least_products", lambda dtype: 32)
+    seen: list[torch.dtype] = []
+    real = functional.conv2d
+    monkeypatch.setattr(functional, "conv2d", lambda x, *rest: (seen.append(x.dtype), real(x, *rest))[1])
+    for dtype in (torch.float16, torch.bfloat16):
+        stem, pixels = Conv2d(3, 32, 3, 2, 1).to(dtype), torch.randn(1, 3, 64, 64).to(dtype)
+        stem(pixels)
+        with torch.no_grad():
+            stem(pixels)
+    assert seen == [torch.float32, torch.float16, torch.bfloat16, torch.bfloat16]
+
+
 def test_what_conversions_are_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, expected in ((set(), 4), (None, 4), ({"avx512_fp16"}, 4), ({"avx512_bf16"}, 32)):
         monkeypatch.setattr(sixteen_bits, "features", lambda has=has: has)

@@ -12,6 +12,10 @@ from torch.nn import functional
 from nbhd._modes import makes_a_graph
 from nbhd.sixteen_bits import dtype_of_products, is_slow
 
+#: Backward in float16 PyTorch's convolutions take a hundred times as long as in float32: conversions pay for all but
+#: the thinnest.
+_WITH_GRADIENTS = {torch.float16: 4}
+
 
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`: the same parameters, and results of the same dtype, equal but for rounding.
@@ -26,7 +30,8 @@ class Conv2d(nn.Conv2d):
         if makes_a_graph():
             return super().forward(input)
         weight, bias = self.weight, self.bias  # looked at once: parametrized ones are computed each time
-        if not is_slow(input, weight, bias, _positions(input, self.stride)):
+        pays = _WITH_GRADIENTS if torch.is_grad_enabled() else None
+        if not is_slow(input, weight, bias, _positions(input, self.stride), pays):
             return self._conv_forward(input, weight, bias)
         dtype = dtype_of_products(input)
         if self.padding_mode == "zeros" and not isinstance(self.padding, str) and torch.is_grad_enabled():

@@ -42,7 +42,9 @@ def dtype_of_products(input: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
 
 
-def is_slow(input: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bool:
+def is_slow(
+    input: Tensor, weight: Tensor, bias: Tensor | None, rows: int, pays: dict[torch.dtype, int] | None = None
+) -> bool:
     """Whether PyTorch would make a product or a convolution in 16 bits, slowly (`are_slow`).
 
     That is: of plain tensors in the CPU's memory and of that dtype, or under autocast of any that it takes; and large
@@ -50,6 +52,7 @@ def is_slow(input: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bo
 
     Args:
         rows: of the product's output; positions of a convolution's.
+        pays: products for each number that is converted, from which on that pays; else `least_products`.
     """
     if type(input) is not Tensor:  # the first of all: others, which stand for a tensor in a graph, may have no dtype
         return False
@@ -62,7 +65,10 @@ def is_slow(input: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bo
         return False
     products = rows * weight.numel()
     converted = input.numel() + weight.numel() + rows * weight.shape[0]
-    return are_slow(dtype) and products >= least_products(dtype) * converted
+    if not are_slow(dtype):
+        return False
+    least = pays[dtype] if pays is not None and dtype in pays else least_products(dtype)
+    return products >= least * converted
 
 
 def _is_in_memory(tensor: Tensor) -> bool:
