@@ -24,6 +24,22 @@ def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield request.param == "slow"
 
 
+def dtypes_given_to(
+    name: str, monkeypatch: pytest.MonkeyPatch, seen: list[torch.dtype] | None = None
+) -> list[torch.dtype]:
+    """Those of the inputs that a function of PyTorch's gets from now on."""
+    found: list[torch.dtype] = [] if seen is None else seen
+    real = getattr(functional, name)
+    monkeypatch.setattr(functional, name, lambda x, *rest: (found.append(x.dtype), real(x, *rest))[1])
+    return found
+
+
+def slow_from(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 16 bits were slow, and float32 paid from so many products for each number that is converted."""
+    monkeypatch.setattr(sixteen_bits, "are_slow", lambda dtype: True)
+    monkeypatch.setattr(sixteen_bits, "least_products", lambda dtype: least)
+
+
 LAYERS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "linear": (lambda: Linear(48, 33), (3, 5, 48)),
     "linear without a bias": (lambda: Linear(48, 33, bias=False), (150, 48)),
@@ -68,8 +84,7 @@ def test_16_bits_are_as_exact(name: str, how: str, slow: bool) -> None:
 def test_16_bits_run_in_float32_where_they_are_slow(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     for name in ("linear", "conv2d"):
-        real = getattr(functional, name)
-        monkeypatch.setattr(functional, name, lambda x, *rest, real=real: (seen.append(x.dtype), real(x, *rest))[1])
+        dtypes_given_to(name, monkeypatch, seen)
     for make, shape in LAYERS.values():
         make().bfloat16()(torch.randn(shape).bfloat16())
     expected = torch.float32 if slow else torch.bfloat16
@@ -104,11 +119,8 @@ def test_16_bits_run_in_float32_where_they_are_slow(slow: bool, monkeypatch: pyt
 def test_products_that_are_small_or_thin_stay_in_16_bits(
     shape: tuple[int, ...], out: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sixteen_bits, "are_slow", lambda dtype: True)
-    monkeypatch.setattr(sixteen_bits, "least_products", lambda dtype: 32)
-    seen: list[torch.dtype] = []
-    real = functional.linear
-    monkeypatch.setattr(functional, "linear", lambda x, *rest: (seen.append(x.dtype), real(x, *rest))[1])
+    slow_from(32, monkeypatch)
+    seen = dtypes_given_to("linear", monkeypatch)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: False)
     monkeypatch.setattr(linear, "_keeps_up", lambda dtype: False)
     Linear(shape[-1], out).bfloat16()(torch.randn(shape).bfloat16())
@@ -122,22 +134,16 @@ def test_products_that_are_small_or_thin_stay_in_16_bits(
 def test_small_convolutions_stay_in_16_bits(
     shape: tuple[int, ...], stride: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sixteen_bits, "are_slow", lambda dtype: True)
-    monkeypatch.setattr(sixteen_bits, "least_products", lambda dtype: 32)
-    seen: list[torch.dtype] = []
-    real = functional.conv2d
-    monkeypatch.setattr(functional, "conv2d", lambda x, *rest: (seen.append(x.dtype), real(x, *rest))[1])
+    slow_from(32, monkeypatch)
+    seen = dtypes_given_to("conv2d", monkeypatch)
     Conv2d(64, 64, 3, stride, 1).bfloat16()(torch.randn(shape).bfloat16())
     assert seen == [torch.float32 if expected else torch.bfloat16]
 
 
 def test_convolutions_in_float16_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's have a backward that is a hundred times slower."""
-    monkeypatch.setattr(sixteen_bits, "are_slow", lambda dtype: True)
-    monkeypatch.setattr(sixteen_bits, "least_products", lambda dtype: 32)
-    seen: list[torch.dtype] = []
-    real = functional.conv2d
-    monkeypatch.setattr(functional, "conv2d", lambda x, *rest: (seen.append(x.dtype), real(x, *rest))[1])
+    slow_from(32, monkeypatch)
+    seen = dtypes_given_to("conv2d", monkeypatch)
     for dtype in (torch.float16, torch.bfloat16):
         stem, pixels = Conv2d(3, 32, 3, 2, 1).to(dtype), torch.randn(1, 3, 64, 64).to(dtype)
         stem(pixels)
