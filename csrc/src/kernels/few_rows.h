@@ -33,13 +33,6 @@ struct FewRowsJob {
     }
 };
 
-static void pack_some(Dtype dtype, const void *source, int64_t begin, int64_t in, int64_t columns, int64_t n,
-                      float *to) {
-    if (dtype == Dtype::bfloat16) return pack_inputs((const BFloat16 *)source + begin, in, columns, n, to);
-    if (dtype == Dtype::float16) return pack_inputs((const Float16 *)source + begin, in, columns, n, to);
-    pack_inputs((const float *)source + begin, in, columns, n, to);
-}
-
 // One panel of a layer over all rows.
 template <class T>
 static void panel_of_few_rows(const FewRowsJob &job, int p, int64_t panel, float *room) {
@@ -55,7 +48,8 @@ static void panel_of_few_rows(const FewRowsJob &job, int p, int64_t panel, float
                   next_columns = left - panel_columns < panel_columns ? left - panel_columns : panel_columns;
     for (int64_t k = 0; k < job.in; k += depth) {
         const int64_t n = job.in - k < depth ? job.in - k : depth;
-        pack_some(l.parameter_dtype, w.source, first * job.in + k, job.in, columns, n, room);
+        with_type(l.parameter_dtype, w.source,
+                  [&](const auto *source) { pack_inputs(source + first * job.in + k, job.in, columns, n, room); });
         const Weight packed{w.out, room - panel * n * panel_columns, nullptr, nullptr};
         // The next panel's weights lie together; a part of them is asked for with each part of this one.
         const Coming coming = next_columns > 0 ? Coming{(const char *)w.source + (next + k * next_columns) * size,
@@ -103,7 +97,7 @@ static void few_inputs_task(int64_t block, void *context) {
 }
 
 template <class T>
-static bool linear_of_few_rows_of(const LinearLayers &l, const Threads &threads) {
+static bool linear_of_few_rows(const LinearLayers &l, const Threads &threads) {
     FewRowsJob job{&l, {}, nullptr, nullptr, 0, l.in, {}, {l.rows, l.in}, {}, false};
     const int64_t in_stride = padded(l.in), between_stride = padded(l.hidden.out);
     const bool lie_well = is_float<T> && !l.norm.is_there && l.input.stride % alias;
@@ -130,12 +124,6 @@ static bool linear_of_few_rows_of(const LinearLayers &l, const Threads &threads)
     if (!job.failed) run(l.last, l.n_last);
     release(memory);
     return !job.failed;
-}
-
-static bool linear_of_few_rows(const LinearLayers &l, const Threads &threads) {
-    return l.dtype == Dtype::bfloat16  ? linear_of_few_rows_of<BFloat16>(l, threads)
-           : l.dtype == Dtype::float16 ? linear_of_few_rows_of<Float16>(l, threads)
-                                       : linear_of_few_rows_of<float>(l, threads);
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -116,12 +116,7 @@ static void linear_task(int64_t i, void *context) {
     for (int64_t block = i * job.run; block < end; block++) linear_block<T>(job, block, 0, block + 1 < end);
 }
 
-static void (*of_dtype(Dtype dtype))(int64_t, void *) {
-    return dtype == Dtype::bfloat16  ? linear_task<BFloat16>
-           : dtype == Dtype::float16 ? linear_task<Float16>
-                                     : linear_task<float>;
-}
-
+template <class T>
 static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
     const int64_t panels = stage == Stage::hidden ? job.hidden.n_panels() : job.last_panels();
     job.stage = stage;
@@ -131,13 +126,13 @@ static bool run_stage(LinearJob &job, Stage stage, const Threads &threads) {
     const bool is_small = numbers_of_weights(*job.l) <= small_weights && job.groups.count == 1;
     job.run = is_small && job.blocks.count >= 4 * run * threads.count ? run : 1;
     run_tasks(threads, job.run > 1 ? (job.blocks.count + run - 1) / run : job.blocks.count * job.groups.count,
-              of_dtype(job.l->dtype), &job);
+              linear_task<T>, &job);
     return !job.failed;
 }
 
-static bool linear(const LinearLayers &l, const Threads &threads) {
-    if (are_few_rows(l)) return linear_of_few_rows(l, threads);
-    const int64_t columns = l.in + (l.dtype == Dtype::float32 ? 0 : widest_last(l)); // that a block keeps of its rows
+template <class T>
+static bool linear_of_many_rows(const LinearLayers &l, const Threads &threads) {
+    const int64_t columns = l.in + (is_float<T> ? 0 : widest_last(l)); // that a block keeps of its rows
     LinearJob job{&l, l.hidden, {}, nullptr, 0, {l.rows, columns}, {}, Stage::whole, 1, false};
     Packing packings[1 + most_layers];
     Weight *packed[1 + most_layers];
@@ -155,17 +150,23 @@ static bool linear(const LinearLayers &l, const Threads &threads) {
     for (int i = 0; i < n; i++) packed[i]->panels = packings[i].panels;
     bool done;
     if (!l.hidden.out) {
-        done = run_stage(job, Stage::last, threads);
+        done = run_stage<T>(job, Stage::last, threads);
     } else if (job.blocks.are_many(threads)) {
-        done = run_stage(job, Stage::whole, threads);
+        done = run_stage<T>(job, Stage::whole, threads);
     } else {
         job.between_stride = padded(l.hidden.out);
         job.between = (float *)allocate(l.rows * job.between_stride * int64_t(sizeof(float)));
-        done = job.between && run_stage(job, Stage::hidden, threads) && run_stage(job, Stage::last, threads);
+        done = job.between && run_stage<T>(job, Stage::hidden, threads) && run_stage<T>(job, Stage::last, threads);
         release(job.between);
     }
     release(memory);
     return done;
+}
+
+static bool linear(const LinearLayers &l, const Threads &threads) {
+    return with_type(l.dtype, nullptr, [&]<class T>(const T *) {
+        return are_few_rows(l) ? linear_of_few_rows<T>(l, threads) : linear_of_many_rows<T>(l, threads);
+    });
 }
 
 } // namespace nbhd::NBHD_ISA

@@ -276,10 +276,7 @@ static void pack_panel(const Packing &p, const T *source, int64_t panel) {
 }
 
 static void pack_panel(const Packing &p, int64_t panel) {
-    const void *source = p.weight->source;
-    if (p.dtype == Dtype::bfloat16) return pack_panel(p, (const BFloat16 *)source, panel);
-    if (p.dtype == Dtype::float16) return pack_panel(p, (const Float16 *)source, panel);
-    pack_panel(p, (const float *)source, panel);
+    with_type(p.dtype, p.weight->source, [&](const auto *source) { pack_panel(p, source, panel); });
 }
 
 struct PackingJob {

@@ -44,6 +44,14 @@ static Rows apart(Rows a, int64_t rows, int64_t columns, float *room) {
     return {room, padded(columns)};
 }
 
+// f(pointer): `data` as numbers of the dtype, which is not float64.
+template <class F>
+NBHD_INLINE auto with_type(Dtype dtype, const void *data, const F &f) {
+    if (dtype == Dtype::bfloat16) return f((const BFloat16 *)data);
+    if (dtype == Dtype::float16) return f((const Float16 *)data);
+    return f((const float *)data);
+}
+
 template <class T>
 static void widen(RowsOf<T> from, int64_t rows, int64_t columns, float *to, int64_t to_stride) {
     for (int64_t r = 0; r < rows; r++, from.data += from.stride, to += to_stride)
