@@ -31,6 +31,11 @@ def family() -> int | None:
     return int(said) if said is not None and said.isdecimal() else None
 
 
+def is_zen_4() -> bool:
+    """Whether it is AMD's Zen 4, given that it has AVX-512: Zen 3, of the same family, has none."""
+    return maker() == "AuthenticAMD" and family() == 25
+
+
 def features() -> frozenset[str] | None:
     """What x86 processors say they have, by Linux's names such as ``amx_bf16``; None where that is not known."""
     said = _linux("flags")

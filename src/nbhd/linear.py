@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nbhd._modes import is_transformed, makes_a_graph
-from nbhd._processor import family, features, maker
+from nbhd._processor import features, is_zen_4, maker
 from nbhd.sixteen_bits import dtype_of_products, is_slow
 
 #: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid: where
@@ -123,20 +123,6 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return functional.gelu(linear(input, weight, bias))
 
 
-def runs_in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `in_one_piece` may make a product here, and such kernels are the faster ones (`one_piece_is_faster`).
-
-    It may with float32 tensors in the CPU's memory, no gradient to come, in eager mode.
-    """
-    # First of all whether a graph is made: a compiler would warn of the cache behind one_piece_is_faster.
-    return (
-        not makes_a_graph()
-        and one_piece_is_faster()
-        and bool(torch.backends.mkldnn.enabled)
-        and is_left_to_us(input, weight, bias)
-    )
-
-
 def is_left_to_us(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a product may be made by other means than PyTorch's.
 
@@ -174,7 +160,7 @@ def _is_plain_bias(bias: Tensor, weight: Tensor) -> bool:
 def in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """A product with its bias and ``"none"`` or ``"gelu"``, the exact one, by one kernel of oneDNN's.
 
-    As PyTorch's compiler calls it too. ``weight`` as it lies, or packed (`nbhd.packed`).
+    As PyTorch's compiler calls it too.
     """
     exact = "none" if activation == "gelu" else ""
     output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], exact)
@@ -387,8 +373,7 @@ class _InFloat32(torch.autograd.Function):
 @functools.cache
 def smallest_work() -> int:
     """Products from which on oneDNN is the faster, where it is for some; with gradients twice as many."""
-    is_zen_4 = maker() == "AuthenticAMD" and family() == 25  # Zen 3, of the same family, has no AVX-512
-    return SMALLEST_WORK_ON_ZEN_4 if is_zen_4 else SMALLEST_WORK
+    return SMALLEST_WORK_ON_ZEN_4 if is_zen_4() else SMALLEST_WORK
 
 
 # ---- the operators in compiled graphs

@@ -24,21 +24,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nbhd._modes import makes_a_graph
+from nbhd._processor import is_zen_4, maker
 from nbhd.backends import cpu, cpu_linear
 from nbhd.backends.cpu_linear import DTYPES, is_dense
 from nbhd.convolution import Conv2d
-from nbhd.linear import Linear, is_left_to_us, one_piece_is_faster, runs_in_one_piece
+from nbhd.linear import Linear, is_left_to_us
 
 #: Numbers of a convolution's weight that are compared at each call, a microsecond or two.
 SAMPLE = 256
 
 
+@functools.cache
 def packed_convolutions_are_faster() -> bool:
     """Whether `PackedConv2d` beats the plain layer on this CPU.
 
-    True on Intel's processors with AVX-512; elsewhere it is not yet measured.
+    True on Intel's processors with AVX-512 and on AMD's Zen 4; elsewhere it is not yet measured.
     """
-    return one_piece_is_faster() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and (maker() == "GenuineIntel" or is_zen_4())
+    )
 
 
 def packed_linear_gain(dtype: torch.dtype = torch.float32) -> float:
@@ -402,8 +410,14 @@ class _Packed:
 
     def may_be_used(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether oneDNN may be given a packed weight; forgets it where the weight has become another kind."""
-        # whether a graph is made comes first; tensors of inference mode do not tell that they have changed
-        if runs_in_one_piece(input, weight, bias):
+        # First of all whether a graph is made: a compiler would warn of packed_convolutions_are_faster's cache.
+        if (
+            not makes_a_graph()
+            and packed_convolutions_are_faster()
+            and bool(torch.backends.mkldnn.enabled)
+            and is_left_to_us(input, weight, bias)
+        ):
+            # tensors of inference mode do not tell that they have changed
             return input.numel() > 0 and not weight.is_inference() and not weight.requires_grad
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             self.forget()
