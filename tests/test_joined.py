@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no nati
 @pytest.fixture(autouse=True)
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every machine gained by it."""
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: dtype in DTYPES)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype, with_gradients: dtype in DTYPES)
 
 
 class Case:
@@ -498,7 +498,7 @@ def test_situations_that_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) ->
         seen.append(may_join(batch))
     assert seen and not any(seen)
     assert not torch.compile(lambda t: t + may_join(t), backend="eager", fullgraph=True)(batch).any()
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype, with_gradients: False)
     assert not may_join(batch)
 
 
@@ -524,19 +524,28 @@ def test_weights_that_are_left_to_pytorch(change: Callable, which: int) -> None:
 def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     real = joined.joined_layers_are_faster.__wrapped__
-    monkeypatch.setattr(joined, "are_slow", lambda dtype: dtype == torch.float16)
-    for maker, capability, isa, expected in (
-        ("GenuineIntel", "AVX512", "avx512", {torch.float32, torch.float16}),
-        ("GenuineIntel", "AVX512", "avx2", {torch.float16}), ("GenuineIntel", "AVX2", "avx512", {torch.float16}),
-        ("AuthenticAMD", "AVX512", "avx512bf16", {torch.float16}), (None, "AVX512", "avx512", {torch.float16}),
-        ("GenuineIntel", "DEFAULT", "baseline", set()), (None, "NEON", "neon", set()),
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    monkeypatch.setattr(joined, "are_slow", lambda dtype: dtype == float16)
+    monkeypatch.setattr(cpu_linear, "product_dtype", cpu_linear.product_dtype.__wrapped__)
+    for maker, is_zen_4, capability, isa, expected, with_gradients in (
+        ("GenuineIntel", False, "AVX512", "avx512", {float32, float16}, {float32, float16}),
+        ("GenuineIntel", False, "AVX512", "avx2", {float16}, {float16}),
+        ("GenuineIntel", False, "AVX2", "avx512", {float16}, {float16}),
+        ("AuthenticAMD", True, "AVX512", "avx512bf16", {float32, bfloat16, float16}, {float32, float16}),
+        ("AuthenticAMD", True, "AVX512", "avx512", {float32, float16}, {float32, float16}),
+        ("AuthenticAMD", False, "AVX512", "avx512bf16", {float16}, {float16}),
+        ("AuthenticAMD", False, "AVX2", "avx2", {float16}, {float16}),
+        (None, False, "AVX512", "avx512", {float16}, {float16}),
+        ("GenuineIntel", False, "DEFAULT", "baseline", set(), set()), (None, False, "NEON", "neon", set(), set()),
     ):  # fmt: skip
         monkeypatch.setattr(joined, "maker", lambda maker=maker: maker)
+        monkeypatch.setattr(joined, "is_zen_4", lambda is_zen_4=is_zen_4: is_zen_4)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         monkeypatch.setattr(cpu.loaded_library(), "isa", isa)
-        assert {dtype for dtype in (*DTYPES, torch.float64) if real(dtype)} == expected
+        for gradients, dtypes in ((False, expected), (True, with_gradients)):
+            assert {dtype for dtype in (*DTYPES, torch.float64) if real(dtype, gradients)} == dtypes
     monkeypatch.setattr(cpu, "why_unusable", lambda: "there is none")
-    assert not real(torch.float32)
+    assert not real(float32, False)
 
 
 def test_less_is_kept_for_the_backward() -> None:
@@ -563,4 +572,4 @@ def test_calls_that_the_core_refuses() -> None:
     case = CASES["query, key and value"]
     last = [Layer(None, *pair) for pair in zip(case.tensors[6::2], case.tensors[7::2], strict=True)]  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="refused"):
-        cpu_linear.run(case.batch, last, None, None, None, case.batch, keeps=False)
+        cpu_linear.run(case.batch, last, None, None, None, case.batch, torch.float32, keeps=False)

@@ -22,7 +22,7 @@ def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: False)
     monkeypatch.setattr(sixteen_bits, "are_slow", lambda dtype: False)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype, with_gradients: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
 
 
@@ -277,7 +277,7 @@ def test_nat_gives_the_same(monkeypatch: pytest.MonkeyPatch, threads: int) -> No
     model = NatForImageClassification(config).eval()
     pixels = torch.randn(2, 3, 224, 224)
     monkeypatch.setattr(sixteen_bits, "are_slow", lambda dtype: False)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype, with_gradients: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
     found = []
     for slow in (False, True):
@@ -324,8 +324,8 @@ def test_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch, maker: str | None, c
 def test_how_much_work_is_enough(
     monkeypatch: pytest.MonkeyPatch, maker: str, family: int | None, expected: int
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(linear, "maker", lambda: maker)
-    monkeypatch.setattr(linear, "family", lambda: family)
+    monkeypatch.setattr(_processor, "maker", lambda: maker)
+    monkeypatch.setattr(_processor, "family", lambda: family)
     assert linear.smallest_work.__wrapped__() == expected
 
 
@@ -359,10 +359,15 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], str]]
 
     monkeypatch.setattr(linear, "in_one_piece", spy)
     monkeypatch.setattr(linear, "one_piece_is_faster", lambda: True)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype, with_gradients: False)
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
     monkeypatch.setattr(linear, "smallest_work", lambda: linear.SMALLEST_WORK)
     return seen
+
+
+#: Of MKL's error what oneDNN's may be at most. Its kernels differ by processor; on those where it is not the faster and
+#: not taken, it adds up longer chains.
+OF_MKL = 2 if linear.one_piece_is_faster() else 4
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -380,7 +385,7 @@ def test_one_piece_is_as_exact(
          functional.gelu(plain)),
     ):  # fmt: skip
         assert ours.shape == theirs.shape and ours.is_contiguous()
-        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+        assert (ours - truth).abs().max() <= OF_MKL * (theirs - truth).abs().max()
     # without a bias there is nothing to add, and MKL's product is as good
     assert pieces == ([(shape, "none")] if has_bias else []) + [(shape, "gelu")]
 

@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NBHD_ABI_VERSION 5
+#define NBHD_ABI_VERSION 6
 
 enum {
     NBHD_OK = 0,
@@ -93,8 +93,10 @@ NBHD_API int32_t nbhd_weighted_sum_backward(const nbhd_call *call);
 /* A linear layer. Its weight is packed in the order it is multiplied in, by the caller once or by each call for itself. */
 typedef struct nbhd_weight {
     int64_t out; /* 0: there is no such layer */
-    const float *
-        panels; /* [ceil(out / NBHD_PANEL)][in][NBHD_PANEL]; zeros past the last output; null: the call packs `source` */
+    /* of the call's product_dtype, float32 [ceil(out / NBHD_PANEL)][in][NBHD_PANEL] or bfloat16
+     * [ceil(out / NBHD_PANEL)][ceil(in / 2)][NBHD_PANEL][2], with zeros past the last output and input; null: the call packs
+     * `source` */
+    const void *panels;
     /* of the call's parameter_dtype */
     const void *
         source; /* [out][in], dense; beside `panels` it is what they were made of, some of its numbers are compared, or null */
@@ -105,11 +107,13 @@ typedef struct nbhd_weight {
 #define NBHD_LAYERS 3
 
 /* Linear layers over rows, and what stands around them in a transformer. Rows are of `dtype` and what is learned is of
- * `parameter_dtype`, each of them float32, bfloat16 or float16. It is computed in float32 and rounded where it is written. Columns are contiguous; outputs share no memory with anything
- * else. */
+ * `parameter_dtype`, each of them float32, bfloat16 or float16. It is computed in float32 and rounded where it is written; with
+ * bfloat16 for `product_dtype` what a layer multiplies, its input and its weight, is rounded to that before, and the products are
+ * exact. Columns are contiguous; outputs share no memory with anything else. */
 typedef struct nbhd_linear_call {
     int64_t size; /* sizeof(nbhd_linear_call) of the caller */
     int64_t dtype, parameter_dtype;
+    int64_t product_dtype; /* float32; or bfloat16, where nbhd_isa() is "avx512bf16" */
     int64_t rows, in;
     const void *input;    /* [rows][in] of dtype; so are residual and output */
     int64_t input_stride; /* from row to row, in elements, at least the number of columns; so are the others */

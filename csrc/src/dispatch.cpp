@@ -53,26 +53,28 @@ static bool has_baseline() { return has(cpuid(1).c, {0, 9, 13, 19, 20, 23}); }
 
 extern const Kernels avx512bf16_kernels, avx512_f32_kernels, avx2_f32_kernels, avx2_f64_kernels, baseline_f32_kernels,
     baseline_f64_kernels, neon_f32_kernels, neon_f64_kernels;
-extern const LinearKernels avx512_linear_kernels, avx2_linear_kernels, baseline_linear_kernels, neon_linear_kernels;
+extern const LinearKernels avx512bf16_linear_kernels, avx512_linear_kernels, avx2_linear_kernels,
+    baseline_linear_kernels, neon_linear_kernels;
 
 // Best first. The NBHD_... macros say which of them this build has (CMakeLists.txt, NBHD_SETS).
 static const InstructionSet sets[] = {
 #ifdef NBHD_AVX512BF16
     {"avx512bf16", has_avx512bf16, pairs_are_faster, &avx512_f32_kernels, &avx2_f64_kernels, &avx512bf16_kernels,
-     &avx512_linear_kernels},
+     &avx512_linear_kernels, &avx512bf16_linear_kernels},
 #endif
 #ifdef NBHD_AVX512 // float64 has no kernels of its own there: it takes the AVX2 ones
-    {"avx512", has_avx512, always, &avx512_f32_kernels, &avx2_f64_kernels, &avx512_f32_kernels, &avx512_linear_kernels},
+    {"avx512", has_avx512, always, &avx512_f32_kernels, &avx2_f64_kernels, &avx512_f32_kernels, &avx512_linear_kernels,
+     nullptr},
 #endif
 #ifdef NBHD_AVX2
-    {"avx2", has_avx2, always, &avx2_f32_kernels, &avx2_f64_kernels, &avx2_f32_kernels, &avx2_linear_kernels},
+    {"avx2", has_avx2, always, &avx2_f32_kernels, &avx2_f64_kernels, &avx2_f32_kernels, &avx2_linear_kernels, nullptr},
 #endif
 #ifdef NBHD_BASELINE
     {"baseline", has_baseline, always, &baseline_f32_kernels, &baseline_f64_kernels, &baseline_f32_kernels,
-     &baseline_linear_kernels},
+     &baseline_linear_kernels, nullptr},
 #endif
 #ifdef NBHD_NEON
-    {"neon", always, always, &neon_f32_kernels, &neon_f64_kernels, &neon_f32_kernels, &neon_linear_kernels},
+    {"neon", always, always, &neon_f32_kernels, &neon_f64_kernels, &neon_f32_kernels, &neon_linear_kernels, nullptr},
 #endif
 };
 

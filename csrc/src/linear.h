@@ -10,7 +10,7 @@ constexpr int most_layers = 3; // of the same input
 
 struct Weight {
     int64_t out;
-    const float *panels; // or null: source is to be packed
+    const float *panels; // of words (rows.h); or null: source is to be packed
     const void *source;  // of the call's parameter_dtype
     const float *bias;   // or null
 
@@ -26,10 +26,12 @@ struct RowsOf {
     RowsOf from(int64_t row) const { return {data ? data + row * stride : nullptr, stride}; }
 };
 using Rows = RowsOf<float>;
-struct Output {
-    float *data;
+template <class T>
+struct OutputOf {
+    T *data;
     int64_t stride;
 };
+using Output = OutputOf<float>;
 struct Elements { // of the call's dtype
     void *data;
     int64_t stride;
@@ -76,7 +78,7 @@ struct LinearGradients {
 // They return false when memory ran out.
 struct LinearKernels {
     bool (*layers)(const LinearLayers &, const Threads &);
-    bool (*gradients)(const LinearGradients &, const Threads &);
+    bool (*gradients)(const LinearGradients &, const Threads &); // or null: others have them
 };
 
 } // namespace nbhd

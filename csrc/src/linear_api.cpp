@@ -43,41 +43,63 @@ float number(const void *from, int64_t i, Dtype dtype) {
     return x;
 }
 
+// The nearest bfloat16, of two the even one.
+float rounded_to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (x == x) bits += (bits >> 16 & 1) + 0x7fff;
+    bits &= 0xffff0000;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// What layers multiply, and where the weight of output o and input k is among panels of it.
+struct Products {
+    Dtype dtype; // float32 or bfloat16
+
+    float of(float x) const { return dtype == Dtype::bfloat16 ? rounded_to_bfloat16(x) : x; }
+    int64_t place(int64_t in, int64_t o, int64_t k) const {
+        const int64_t panel = o / panel_columns, column = o % panel_columns;
+        if (dtype == Dtype::float32) return (panel * in + k) * panel_columns + column;
+        return ((panel * ((in + 1) / 2) + k / 2) * panel_columns + column) * 2 + k % 2;
+    }
+};
+
 // `source` is still what `panels` was made of, as far as a few dozen numbers tell, spread over rows and columns.
-bool is_of_source(const nbhd_weight &w, int64_t in, Dtype dtype) {
+bool is_of_source(const nbhd_weight &w, int64_t in, Dtype dtype, Products products) {
     if (!w.source) return true;
     constexpr int64_t samples = 64;
     const int64_t n = w.out * in, step = n <= samples ? 1 : n / samples | 1; // odd: it does not stay in one column
     for (int64_t i = 0; i < n; i += step) {
         const int64_t o = i / in, k = i % in;
-        const float packed = w.panels[(o / panel_columns * in + k) * panel_columns + o % panel_columns],
-                    now = number(w.source, i, dtype);
+        const float packed = number(w.panels, products.place(in, o, k), products.dtype),
+                    now = products.of(number(w.source, i, dtype));
         if (std::memcmp(&packed, &now, sizeof now) && (packed == packed || now == now)) return false;
     }
     return true;
 }
 
-int32_t check_weight(const nbhd_weight &w, int64_t in, Dtype dtype) {
+int32_t check_weight(const nbhd_weight &w, int64_t in, Dtype dtype, Products products) {
     if (w.out < 0 || w.out > most_columns || !rows_fit(w.out, in, in)) return NBHD_BAD_SHAPE;
     if (!w.out) return NBHD_OK;
-    if (!is_aligned_or_null(w.panels) || !is_aligned_or_null(w.source, dtype) || !is_aligned_or_null(w.bias, dtype) ||
-        (!w.panels && !w.source))
+    if (!is_aligned_or_null(w.panels, Dtype::float32) || !is_aligned_or_null(w.source, dtype) ||
+        !is_aligned_or_null(w.bias, dtype) || (!w.panels && !w.source))
         return NBHD_BAD_POINTER;
-    return !w.panels || is_of_source(w, in, dtype) ? NBHD_OK : NBHD_STALE_WEIGHT;
+    return !w.panels || is_of_source(w, in, dtype, products) ? NBHD_OK : NBHD_STALE_WEIGHT;
 }
 
 // What both calls have: the weights, and the sizes of what is between them.
 template <class Call>
-int32_t check_layers(const Call &c, Dtype dtype, int &n_last) {
+int32_t check_layers(const Call &c, Dtype dtype, Products products, int &n_last) {
     if (c.norm < 0 || c.norm > 1) return NBHD_UNSUPPORTED;
     if (c.rows < 0 || c.rows > most_numbers || c.in < 1 || c.in > most_columns || c.last[0].out < 1)
         return NBHD_BAD_SHAPE;
-    if (const int32_t status = check_weight(c.hidden, c.in, dtype)) return status;
+    if (const int32_t status = check_weight(c.hidden, c.in, dtype, products)) return status;
     const int64_t of_last = c.hidden.out ? c.hidden.out : c.in;
     if (!rows_fit(c.rows, c.hidden.out, c.hidden.out)) return NBHD_BAD_SHAPE;
     n_last = 0;
     for (int i = 0; i < NBHD_LAYERS; i++) {
-        if (const int32_t status = check_weight(c.last[i], of_last, dtype)) return status;
+        if (const int32_t status = check_weight(c.last[i], of_last, dtype, products)) return status;
         if (!c.last[i].out) continue;
         if (n_last++ < i) return NBHD_BAD_SHAPE; // one without outputs is before it
     }
@@ -106,7 +128,9 @@ class Vectors {
         for (int64_t i = 0; i < n; i++) to[i] = number(vector, i, dtype);
         return to;
     }
-    Weight weight(const nbhd_weight &w) { return {w.out, w.panels, w.source, of(w.bias, w.out)}; }
+    Weight weight(const nbhd_weight &w) {
+        return {w.out, static_cast<const float *>(w.panels), w.source, of(w.bias, w.out)};
+    }
 
   private:
     Dtype dtype;
@@ -126,10 +150,16 @@ int32_t run(const nbhd_linear_call *call) {
     int n_last;
     for (int64_t d : {c.dtype, c.parameter_dtype})
         if (d < NBHD_FLOAT32 || d > NBHD_FLOAT16) return NBHD_BAD_DTYPE;
+    if (c.product_dtype != NBHD_FLOAT32 && c.product_dtype != NBHD_BFLOAT16) return NBHD_BAD_DTYPE;
+    const InstructionSet *set = instruction_set();
+    if (!set) return NBHD_UNSUPPORTED;
+    const Products products{static_cast<Dtype>(c.product_dtype)};
+    const LinearKernels *kernels = products.dtype == Dtype::bfloat16 ? set->linear_of_pairs : set->linear;
+    if (!kernels) return NBHD_UNSUPPORTED;
     const Dtype dtype = static_cast<Dtype>(c.dtype), parameter_dtype = static_cast<Dtype>(c.parameter_dtype);
     if (c.gelu < 0 || c.gelu > 1) return NBHD_UNSUPPORTED;
     if (c.norm && !(c.norm_epsilon >= 0 && c.norm_epsilon - c.norm_epsilon == 0)) return NBHD_BAD_SHAPE;
-    if (const int32_t status = check_layers(c, parameter_dtype, n_last)) return status;
+    if (const int32_t status = check_layers(c, parameter_dtype, products, n_last)) return status;
     if (n_last > 1 && (c.gelu || c.scale || c.residual)) return NBHD_UNSUPPORTED;
     if (!rows_fit(c.rows, c.in, c.input_stride) || (c.residual && !rows_fit(c.rows, c.last[0].out, c.residual_stride)))
         return NBHD_BAD_SHAPE;
@@ -140,8 +170,6 @@ int32_t run(const nbhd_linear_call *call) {
         return NBHD_BAD_POINTER;
     for (int i = 0; i < n_last; i++)
         if (c.rows && (!is_aligned(c.input, dtype) || !is_aligned(c.output[i], dtype))) return NBHD_BAD_POINTER;
-    const InstructionSet *set = instruction_set();
-    if (!set) return NBHD_UNSUPPORTED;
     if (!c.rows) return NBHD_OK;
     Vectors vectors(parameter_dtype);
     LinearLayers l{};
@@ -161,14 +189,14 @@ int32_t run(const nbhd_linear_call *call) {
         if (c.output_stride[i] == out) will_fill(c.output[i], c.rows * out * size_of(dtype));
     }
     if (c.sums) will_fill(c.sums, c.rows * c.hidden.out * int64_t(sizeof(float)));
-    return set->linear->layers(l, threads_of(c.parallel_for, c.threads)) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
+    return kernels->layers(l, threads_of(c.parallel_for, c.threads)) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
 }
 
 int32_t run(const nbhd_linear_gradients_call *call) {
     if (const int32_t status = check_size(call, sizeof(nbhd_linear_gradients_call))) return status;
     const nbhd_linear_gradients_call &c = *call;
     int n_last;
-    if (const int32_t status = check_layers(c, Dtype::float32, n_last)) return status;
+    if (const int32_t status = check_layers(c, Dtype::float32, {Dtype::float32}, n_last)) return status;
     const float factor = float(c.factor);
     if (factor - factor != 0) return NBHD_UNSUPPORTED; // not a number, or none of a float's
     if (!rows_fit(c.rows, c.in, c.in)) return NBHD_BAD_SHAPE;

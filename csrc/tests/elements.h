@@ -41,6 +41,12 @@ inline void put(void *p, int64_t dtype, double x) {
         }
     }
 }
+inline double get(const void *p, int64_t dtype);
+inline double rounded(double x, int64_t dtype) {
+    double bytes;
+    put(&bytes, dtype, x);
+    return get(&bytes, dtype);
+}
 inline double get(const void *p, int64_t dtype) {
     if (dtype == NBHD_FLOAT64) {
         double x;

@@ -58,7 +58,8 @@ inline void add(double factor, const double *x, int64_t n, double *to) {
 
 struct Layer {
     int64_t in = 0, out = 0;
-    Floats weight, panels, bias; // without panels: the call packs the weight
+    int64_t product_dtype = NBHD_FLOAT32; // what inputs and weights are rounded to
+    Floats weight, panels, bias;          // without panels: the call packs the weight
 
     void make(Random &random, int64_t inputs, int64_t outputs, bool all) {
         in = inputs, out = outputs, weight = normal(random, in * out, 1 / std::sqrt(double(in)));
@@ -73,10 +74,10 @@ struct Layer {
     Matrix of(const Matrix &x) const {
         Matrix y(x.rows, out), transposed(in, out);
         for (int64_t o = 0; o < out; o++)
-            for (int64_t i = 0; i < in; i++) transposed[i][o] = weight[size_t(o * in + i)];
+            for (int64_t i = 0; i < in; i++) transposed[i][o] = rounded(weight[size_t(o * in + i)], product_dtype);
         for (int64_t r = 0; r < x.rows; r++) {
             std::copy(bias.begin(), bias.end(), y[r]);
-            for (int64_t i = 0; i < in; i++) add(x[r][i], transposed[i], out, y[r]);
+            for (int64_t i = 0; i < in; i++) add(rounded(x[r][i], product_dtype), transposed[i], out, y[r]);
         }
         return y;
     }

@@ -5,7 +5,8 @@ PyTorch's layers keep the norm's output and GELU's too. In the backward the grad
 weights are one call as well. Weights are packed at each call, which is a small part of it from a few dozen rows on; for
 inference `nbhd.packed` keeps them packed.
 
-In 16 bits, of the tensors or of autocast, the core computes in float32 and rounds what it returns.
+In 16 bits, of the tensors or of autocast, the core computes in float32 and rounds what it returns; products are made in
+bfloat16 where it has instructions for that (`nbhd.backends.cpu_linear.product_dtype`), but never those of gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from nbhd._gradients import expect_kept, is_special
 from nbhd._modes import has_function_mode, is_transformed, makes_a_graph
-from nbhd._processor import maker
+from nbhd._processor import is_zen_4, maker
 from nbhd.backends import cpu, cpu_linear
 from nbhd.backends.cpu_linear import DTYPES, Gradients, Layer, Norm, is_dense
 from nbhd.errors import BackendError
@@ -32,21 +33,23 @@ FEWEST_ROWS = 32
 
 
 @functools.cache
-def joined_layers_are_faster(dtype: torch.dtype) -> bool:
-    """Whether `join` beats PyTorch's layers on this CPU, which compute in ``dtype``; it computes in float32 always.
+def joined_layers_are_faster(dtype: torch.dtype, with_gradients: bool) -> bool:
+    """Whether `join` beats PyTorch's layers on this CPU, which compute in ``dtype``.
 
-    In float32 that is true on Intel's processors with AVX-512; elsewhere it is not yet measured. With AVX2 alone
-    inference gains and training does not. In 16 bits it is true where PyTorch's own are slow
-    (`nbhd.sixteen_bits.are_slow`).
+    In float32 that is true on Intel's processors with AVX-512 and on AMD's Zen 4; elsewhere it is not yet measured.
+    With AVX2 alone inference gains and training does not. In 16 bits it is true where PyTorch's own are slow
+    (`nbhd.sixteen_bits.are_slow`), and on Zen 4 in bfloat16 without gradients, whose products the core has in float32
+    only.
     """
     if cpu.why_unusable() is not None or not cpu.loaded_library().isa.startswith("avx"):
         return False
     if dtype != torch.float32:
-        return are_slow(dtype)
+        is_paired = is_zen_4() and cpu_linear.product_dtype(dtype) == dtype
+        return are_slow(dtype) or (is_paired and not with_gradients)
     return (
         cpu.loaded_library().isa.startswith("avx512")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and maker() == "GenuineIntel"
+        and (maker() == "GenuineIntel" or is_zen_4())
     )
 
 
@@ -82,7 +85,7 @@ def may_join(input: Tensor) -> bool:
     return (
         not makes_a_graph()  # the first of all: a compiler would warn of the cache behind joined_layers_are_faster
         and type(input) in (Tensor, nn.Parameter)  # others may stand for a tensor in a graph and have no dtype
-        and joined_layers_are_faster(dtype := dtype_of_products(input))
+        and joined_layers_are_faster(dtype := dtype_of_products(input), torch.is_grad_enabled())
         and input.dtype in (torch.float32, dtype)
         and not is_transformed()  # its tensors have no memory to ask for
         and not _is_watched()
@@ -113,7 +116,8 @@ def join(
         of other kinds or shapes, of another dtype without autocast, or some that learn and some that do not, for whose
         gradients less has to be kept.
     """
-    call = _Call(norm.epsilon if norm else None, hidden is not None, factor, residual is input)
+    products = dtype_of_products(input)
+    call = _Call(norm.epsilon if norm else None, hidden is not None, factor, residual is input, products)
     if call.adds_input:
         residual = None
     parameters = (
@@ -147,6 +151,8 @@ class _Call:
     factor: float
     #: The input is the residual, too.
     adds_input: bool
+    #: What PyTorch's layers would make products in.
+    products: torch.dtype
 
     def fits(self, batch: Tensor, residual: Tensor | None, parameters: _Tensors) -> bool:
         """Whether all tensors are such as the core reads, and of shapes that fit each other."""
@@ -177,7 +183,8 @@ class _Call:
         scale = None
         if self.factor != 1:
             scale = torch.full((_rows(last[0].weight),), self.factor, dtype=torch.float32, device="cpu")
-        return cpu_linear.run(batch, last, hidden, norm, scale, batch if self.adds_input else residual, keeps)
+        residual = batch if self.adds_input else residual
+        return cpu_linear.run(batch, last, hidden, norm, scale, residual, self.products, keeps)
 
     def by_pytorch(self, batch: Tensor, parameters: _Tensors, sums: Tensor | None) -> list[Tensor]:
         """The outputs by PyTorch's operators in float32, but for a residual that is not the input.

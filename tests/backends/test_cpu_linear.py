@@ -22,13 +22,14 @@ pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no nati
 SHAPES = ((196, 64, 192, 64), (131, 300, 520, 77), (3, 7, 0, 33), (40, 1024, 0, 300), (57, 96, 260, 2048))
 
 
-def check(shape: tuple[int, int, int, int], gelu: bool) -> None:
+def check(shape: tuple[int, int, int, int], gelu: bool, dtype: torch.dtype = torch.float32) -> None:
     torch.manual_seed(0)
     rows, features, hidden, out = shape
-    batch, residual, scale = 2 * torch.randn(rows, features) + 0.5, torch.randn(rows, out), torch.randn(out)
-    norm = torch.randn(features), torch.randn(features)
+    batch, residual = (2 * torch.randn(rows, features) + 0.5).to(dtype), torch.randn(rows, out).to(dtype)
+    scale = torch.randn(out)
+    norm = torch.randn(features).to(dtype), torch.randn(features).to(dtype)
     sizes = [(hidden, features), (out, hidden)] if hidden else [(out, features)]
-    layers = [(torch.randn(size) / size[1] ** 0.5, torch.randn(size[0])) for size in sizes]
+    layers = [((torch.randn(size) / size[1] ** 0.5).to(dtype), torch.randn(size[0]).to(dtype)) for size in sizes]
 
     def by_pytorch(dtype: torch.dtype) -> Tensor:
         x = functional.layer_norm(batch.to(dtype), (features,), *(t.to(dtype) for t in norm), 1e-5)
@@ -45,7 +46,7 @@ def check(shape: tuple[int, int, int, int], gelu: bool) -> None:
             torch.set_num_threads(threads)
             found.append(call(batch, scale, residual))
         torch.set_num_threads(1)
-        truth, theirs = by_pytorch(torch.float64), by_pytorch(torch.float32)
+        truth, theirs = by_pytorch(torch.float64), by_pytorch(dtype)
     finally:
         torch.set_num_threads(before)
     assert found[0] is not None and all(torch.equal(found[0], other) for other in found)  # type: ignore[arg-type]
@@ -53,20 +54,22 @@ def check(shape: tuple[int, int, int, int], gelu: bool) -> None:
     assert ours <= 2 * error, (shape, gelu, float(ours / error))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_exact_as_pytorch(shape: tuple[int, int, int, int], gelu: bool) -> None:
-    check(shape, gelu)
+def test_as_exact_as_pytorch(shape: tuple[int, int, int, int], gelu: bool, dtype: torch.dtype) -> None:
+    check(shape, gelu, dtype)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline", "neon"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "baseline", "neon"])
 def test_every_instruction_set(isa: str) -> None:
     program = (
-        "import sys; from tests.backends.test_cpu_linear import SHAPES, check, cpu\n"
+        "import sys, torch; from tests.backends.test_cpu_linear import SHAPES, check, cpu\n"
         "reason = cpu.why_unusable()\n"
         "if reason: print('none', reason); sys.exit()\n"
         "for shape in SHAPES:\n"
-        "    for gelu in (False, True): check(shape, gelu)\n"
+        "    for gelu in (False, True):\n"
+        "        for dtype in (torch.float32, torch.bfloat16): check(shape, gelu, dtype)\n"
         "print(cpu.description().split(',')[0])"
     )
     environment = {**os.environ, "NBHD_CPU_ISA": isa, "PYTHONPATH": str(ROOT)}
@@ -78,6 +81,28 @@ def test_every_instruction_set(isa: str) -> None:
         assert f"NBHD_CPU_ISA={isa!r}" in done.stdout
         pytest.skip(f"this machine has no {isa}")
     assert done.stdout.strip() == isa
+
+
+@pytest.mark.parametrize("features", [1, 6, 7])
+def test_packed_in_pairs(monkeypatch: pytest.MonkeyPatch, features: int) -> None:
+    """Two inputs of an output side by side where products are of bfloat16; zeros past the last ones."""
+    monkeypatch.setattr(cpu_linear, "product_dtype", lambda dtype: dtype)
+    weight = torch.randn(40, features).bfloat16()
+    packed = cpu_linear.pack(weight)
+    assert packed.shape == (2, -(-features // 2), 32, 2) and packed.dtype == torch.bfloat16 and packed.is_contiguous()
+    for out, k in ((0, 0), (31, features - 1), (32, 0), (39, features - 1)):
+        assert packed[out // 32, k // 2, out % 32, k % 2] == weight[out, k]
+    assert packed.count_nonzero() == weight.count_nonzero()
+
+
+def test_who_multiplies_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = cpu_linear.product_dtype.__wrapped__
+    for isa, dtype, expected in (
+        ("avx512bf16", torch.bfloat16, torch.bfloat16), ("avx512bf16", torch.float32, torch.float32),
+        ("avx512bf16", torch.float16, torch.float32), ("avx512", torch.bfloat16, torch.float32),
+    ):  # fmt: skip
+        monkeypatch.setattr(cpu.loaded_library(), "isa", isa)
+        assert asked(dtype) == expected
 
 
 def test_gelu_everywhere() -> None:

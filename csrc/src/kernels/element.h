@@ -31,10 +31,14 @@ NBHD_INLINE Vec load(const BFloat16 *p) {
 }
 
 NBHD_INLINE void store(BFloat16 *p, Vec v) {
+#if NBHD_PAIRS // what is below a float's smallest normal numbers is nothing there, as it is in products
+    *(UnalignedHalf *)p = (Half)_mm512_cvtneps_pbh((__m512)v);
+#else
     const UInt u = (UInt)v;
     const UInt rounded = u + (((u >> 16) & 1) + 0x7fff);
     const UInt quiet = u | 0x400000; // rounding could carry a NaN into infinity
     *(UnalignedHalf *)p = __builtin_convertvector((v == v ? rounded : quiet) >> 16, Half);
+#endif
 }
 
 NBHD_INLINE Vec load(const Float16 *p) {

@@ -16,12 +16,12 @@ static bool are_few_rows(const LinearLayers &l) {
 // The hidden layer, or the last ones.
 struct FewRowsJob {
     const LinearLayers *l;
-    Rows a; // inputs of the layers
+    Rows a; // words, the inputs of the layers
     float *room;
     const Weight *weights;
     int n_weights;
-    int64_t in;
-    Output between; // what the hidden layer makes; without data: these are the last ones
+    int64_t in;     // numbers
+    Output between; // words that the hidden layer makes; without data: these are the last ones
     Blocks blocks;
     Groups groups; // of the panels of all of them
     bool failed;   // by any thread: out of memory
@@ -33,50 +33,61 @@ struct FewRowsJob {
     }
 };
 
-// One panel of a layer over all rows.
+// One panel of a layer over all rows, of whose outputs T are made.
 template <class T>
-static void panel_of_few_rows(const FewRowsJob &job, int p, int64_t panel, float *room) {
+static void panel_of_few_rows(const FewRowsJob &job, int p, int64_t panel, float *room, Output sums,
+                              const Finish<T> &f) {
     const LinearLayers &l = *job.l;
     const Weight &w = job.weights[p];
     const int64_t first = panel * panel_columns, left = w.out - first,
                   columns = left < panel_columns ? left : panel_columns;
-    const LastSums<T> last{&l, 0, l.rows, {room + depth * panel_columns - first, panel_columns}};
-    const bool is_hidden = job.between.data;
-    const Output to = is_hidden ? job.between : last.of(p);
-    const Finish f = is_hidden ? Finish{w.bias, nullptr, {}, true, {l.sums, w.out}, {}} : last.finish(p);
     const int64_t size = l.parameter_dtype == Dtype::float32 ? 4 : 2, next = (first + panel_columns) * job.in,
                   next_columns = left - panel_columns < panel_columns ? left - panel_columns : panel_columns;
-    for (int64_t k = 0; k < job.in; k += depth) {
-        const int64_t n = job.in - k < depth ? job.in - k : depth;
+    constexpr int64_t step = depth * numbers_of_word;
+    for (int64_t k = 0; k < job.in; k += step) {
+        const int64_t n = job.in - k < step ? job.in - k : step;
         with_type(l.parameter_dtype, w.source,
                   [&](const auto *source) { pack_inputs(source + first * job.in + k, job.in, columns, n, room); });
-        const Weight packed{w.out, room - panel * n * panel_columns, nullptr, nullptr};
+        const Weight packed{w.out, room - panel * words(n) * panel_columns, nullptr, nullptr};
         // The next panel's weights lie together; a part of them is asked for with each part of this one.
         const Coming coming = next_columns > 0 ? Coming{(const char *)w.source + (next + k * next_columns) * size,
                                                         n * next_columns * size}
                                                : Coming{};
-        multiply({{job.a.data + k, job.a.stride},
+        multiply({{job.a.data + words(k), job.a.stride},
                   l.rows,
-                  n,
+                  words(n),
                   &packed,
-                  n,
+                  words(n),
                   0,
                   panel,
                   panel + 1,
-                  to.data,
-                  to.stride,
+                  sums.data,
+                  sums.stride,
                   k > 0,
                   k + n == job.in,
                   coming},
                  f);
     }
-    if (!is_hidden) last.write(p, first, first + columns);
+}
+
+// The same of the hidden layer, or of the last ones.
+template <class T>
+static void panel_of_few_rows(const FewRowsJob &job, int p, int64_t panel, float *room) {
+    const LinearLayers &l = *job.l;
+    const Output sums{room + depth * panel_columns - panel * panel_columns, panel_columns};
+    if (job.between.data) {
+        panel_of_few_rows(job, p, panel, room, pairs ? sums : job.between, hidden_finish(l, 0, job.between));
+        if ((panel + 1) * panel_columns >= l.hidden.out) end_words(job.between, l.rows, l.hidden.out);
+        return;
+    }
+    const LastSums<T> last{&l, 0, sums};
+    panel_of_few_rows(job, p, panel, room, last.of(p), last.finish(p));
 }
 
 template <class T>
 static void few_rows_task(int64_t i, void *context) {
     FewRowsJob &job = *(FewRowsJob *)context;
-    const int64_t sums = is_float<T> ? 0 : job.l->rows * panel_columns;
+    const int64_t sums = is_float<T> && !pairs ? 0 : job.l->rows * panel_columns;
     float *const room = (float *)thread_scratch((depth * panel_columns + sums) * int64_t(sizeof(float)));
     if (!room) {
         __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
@@ -99,14 +110,16 @@ static void few_inputs_task(int64_t block, void *context) {
 template <class T>
 static bool linear_of_few_rows(const LinearLayers &l, const Threads &threads) {
     FewRowsJob job{&l, {}, nullptr, nullptr, 0, l.in, {}, {l.rows, l.in}, {}, false};
-    const int64_t in_stride = padded(l.in), between_stride = padded(l.hidden.out);
-    const bool lie_well = is_float<T> && !l.norm.is_there && l.input.stride % alias;
+    const int64_t in_stride = padded(l.in), between_stride = padded(words(l.hidden.out));
+    const RowsOf<T> as_they_lie = rows_of<T>(l.input, 0);
+    const bool lie_well =
+        !l.norm.is_there && are_words(as_they_lie, l.in) && l.input.stride % (alias * numbers_of_word);
     const int64_t of_inputs = lie_well ? 0 : l.rows * in_stride, of_hidden = l.hidden.out ? l.rows * between_stride : 0;
     float *const memory =
         of_inputs + of_hidden ? (float *)allocate((of_inputs + of_hidden) * int64_t(sizeof(float))) : nullptr;
     if (of_inputs + of_hidden && !memory) return false;
     if (lie_well) {
-        job.a = {(const float *)l.input.data, l.input.stride};
+        job.a = {(const float *)as_they_lie.data, as_they_lie.stride / numbers_of_word};
     } else {
         job.room = memory, job.a = {memory, in_stride};
         run_tasks(threads, job.blocks.count, few_inputs_task<T>, &job);

@@ -18,50 +18,47 @@ NBHD_INLINE RowsOf<T> rows_of(Elements e, int64_t row) {
     return RowsOf<T>{(const T *)e.data, e.stride}.from(row);
 }
 
-// The block's inputs as the tiles want them.
+// The block's inputs as the tiles want them, in words.
 template <class T>
 static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_moments, float *room) {
     const RowsOf<T> as_they_lie = rows_of<T>(l.input, row);
-    const int64_t stride = padded(l.in);
-    Rows x{room, stride};
-    if constexpr (is_float<T>) {
-        if (!l.norm.is_there) return apart(as_they_lie, rows, l.in, room);
-        x = as_they_lie;
-    } else {
-        widen(as_they_lie, rows, l.in, room, stride);
-        if (!l.norm.is_there) return x;
+    const Output made{room, padded(l.in)};
+    if (!l.norm.is_there && are_words(as_they_lie, l.in))
+        return apart({(const float *)as_they_lie.data, as_they_lie.stride / numbers_of_word}, rows, words(l.in), room);
+    Rows x{made.data, made.stride};
+    if constexpr (is_float<T>) x = as_they_lie;
+    if (!is_float<T> || !l.norm.is_there) widen(as_they_lie, rows, l.in, made.data, made.stride);
+    if (l.norm.is_there) {
+        float *moments = keeps_moments && l.moments ? l.moments + 2 * row : nullptr;
+        normalise(x, l.norm, l.epsilon, rows, l.in, moments, made.data, made.stride);
     }
-    float *moments = keeps_moments && l.moments ? l.moments + 2 * row : nullptr;
-    normalise(x, l.norm, l.epsilon, rows, l.in, moments, room, stride);
-    return {room, stride};
+    become_words(made, rows, l.in);
+    return {made.data, made.stride};
 }
 
-// Where the sums of last layers are made: in the output, or in memory of the task and written from there.
+// What becomes of the sums of a hidden layer from row `row` on, on their way to `to`: words, from the weight's first output.
+static Finish<Multiplied> hidden_finish(const LinearLayers &l, int64_t row, Output to) {
+    const int64_t out = l.hidden.out;
+    return {l.hidden.bias, nullptr, {}, true, {l.sums ? l.sums + row * out : nullptr, out}, {}, numbers(to)};
+}
+
+// Where the sums of last layers are made: in the output, or in memory of the task.
 template <class T>
 struct LastSums {
     const LinearLayers *l;
-    int64_t row, rows;
+    int64_t row;
     Output room;
 
-    Output of(int p) const {
+    OutputOf<T> output(int p) const {
         const Elements &output = l->output[p];
-        if constexpr (is_float<T>) return {(T *)output.data + row * output.stride, output.stride};
+        return {(T *)output.data + row * output.stride, output.stride};
+    }
+    Output of(int p) const {
+        if constexpr (is_float<T>) return output(p);
         else return room;
     }
-    Finish finish(int p) const {
-        Finish f{l->last[p].bias, l->scale, {}, l->gelu, {}, {}};
-        if constexpr (is_float<T>) f.residual = rows_of<T>(l->residual, row);
-        return f;
-    }
-    // Columns [begin, end) are complete.
-    void write(int p, int64_t begin, int64_t end) const {
-        if constexpr (!is_float<T>) {
-            const Elements &output = l->output[p];
-            RowsOf<T> residual = rows_of<T>(l->residual, row);
-            if (residual.data) residual.data += begin;
-            narrow(Rows{room.data + begin, room.stride}, residual, rows, end - begin,
-                   (T *)output.data + row * output.stride + begin, output.stride);
-        }
+    Finish<T> finish(int p) const {
+        return {l->last[p].bias, l->scale, rows_of<T>(l->residual, row), l->gelu, {}, {}, output(p)};
     }
 };
 

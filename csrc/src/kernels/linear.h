@@ -12,7 +12,7 @@ enum class Stage { whole, hidden, last };
 struct LinearJob {
     const LinearLayers *l;
     Weight hidden, last[most_layers]; // packed
-    float *between;                   // the hidden layer's output where it is computed apart: [rows][between_stride]
+    float *between; // the hidden layer's output in words, where it is computed apart: [rows][between_stride]
     int64_t between_stride;
     Blocks blocks;
     Groups groups;
@@ -27,82 +27,93 @@ struct LinearJob {
     }
 };
 
+// Memory of a task for a block.
+enum { input_room, hidden_room, hidden_sums_room, last_sums_room, n_rooms };
+
+// Shares it among matrices of so many rows, each of which has its stride, or takes nothing. False: there is none.
+static bool take(Output (&rooms)[n_rooms], int64_t rows) {
+    int64_t columns = 0;
+    for (const Output &room : rooms) columns += room.stride;
+    float *next = columns ? (float *)thread_scratch(rows * columns * int64_t(sizeof(float))) : nullptr;
+    if (columns && !next) return false;
+    for (Output &room : rooms) room.data = next, next += rows * room.stride;
+    return true;
+}
+
 template <class T>
 static void linear_block(LinearJob &job, int64_t block, int64_t group, bool goes_on) {
     const LinearLayers &l = *job.l;
-    const int64_t row = block * job.blocks.rows, rows = job.blocks.rows_of(block, l.rows), in_stride = padded(l.in),
-                  between_stride = padded(depth), last_stride = is_float<T> ? 0 : padded(widest_last(l));
-    const bool has_hidden = l.hidden.out > 0, from_hidden = job.stage == Stage::last && has_hidden;
-    const int64_t before_last = from_hidden ? 0 : in_stride + between_stride, columns = before_last + last_stride;
-    float *const room = columns ? (float *)thread_scratch(job.blocks.rows * columns * int64_t(sizeof(float))) : nullptr;
-    if (columns && !room) {
+    const int64_t row = block * job.blocks.rows, rows = job.blocks.rows_of(block, l.rows);
+    const bool has_hidden = l.hidden.out > 0, takes_hidden = job.stage == Stage::last && has_hidden,
+               is_mlp = job.stage == Stage::whole && has_hidden, is_hidden = job.stage == Stage::hidden;
+    constexpr int64_t step =
+        depth * numbers_of_word; // numbers of the hidden layer that are made before the last one takes them
+    Output rooms[n_rooms] = {};
+    if (!takes_hidden) rooms[input_room].stride = padded(l.in);
+    if (is_mlp) rooms[hidden_room].stride = padded(depth);
+    if (pairs && (is_mlp || is_hidden))
+        rooms[hidden_sums_room].stride = is_mlp ? padded(step) : padded(job.groups.panels * panel_columns);
+    if (!is_float<T> && !is_hidden) rooms[last_sums_room].stride = padded(widest_last(l));
+    if (!take(rooms, job.blocks.rows)) {
         __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
         return;
     }
-    const LastSums<T> last{&l, row, rows, {room + job.blocks.rows * before_last, last_stride}};
-    const Output sums{l.sums ? l.sums + row * l.hidden.out : nullptr, l.hidden.out};
-    const Finish of_hidden{l.hidden.bias, nullptr, {}, true, sums, {}};
-    const Rows a = from_hidden ? Rows{job.between + row * job.between_stride, job.between_stride}
-                               : inputs<T>(l, row, rows, !group, room);
+    const LastSums<T> last{&l, row, rooms[last_sums_room]};
+    const int64_t in = takes_hidden ? words(l.hidden.out) : words(l.in);
+    const Output between =
+        is_mlp ? rooms[hidden_room] : Output{job.between + row * job.between_stride, job.between_stride};
+    const Rows a =
+        takes_hidden ? Rows{between.data, between.stride} : inputs<T>(l, row, rows, !group, rooms[input_room].data);
     const Coming next_input =
         goes_on ? coming(rows_of<T>(l.input, row + rows), job.blocks.rows_of(block + 1, l.rows)) : Coming{};
     const auto output_rows = [&](int p) { return coming(rows_of<T>(l.output[p], row), rows); };
-    if (job.stage == Stage::whole && has_hidden) {
-        const Finish of_last = last.finish(0);
+    // Words [begin, end) of the hidden layer; `to` and, where words are no sums, `room` begin with the first of them.
+    const auto make_hidden = [&](int64_t begin, int64_t end, Output to, Output room, Coming next) {
+        const int64_t first = begin * numbers_of_word;
+        const Output from_first_word{to.data - begin, to.stride}, sums = pairs ? room : to;
+        multiply({a, rows, in, &job.hidden, in, 0, first / panel_columns, end * numbers_of_word / panel_columns,
+                  sums.data - first, sums.stride, false, true, next},
+                 hidden_finish(l, row, from_first_word));
+        if (end >= words(l.hidden.out)) end_words(from_first_word, rows, l.hidden.out);
+    };
+    if (is_mlp) {
+        const Finish<T> of_last = last.finish(0);
         const Output to = last.of(0);
-        float *between = room + job.blocks.rows * in_stride;
-        for (int64_t k = 0; k < l.hidden.out; k += depth) {
-            const int64_t n = l.hidden.out - k < depth ? l.hidden.out - k : depth, panels = depth / panel_columns,
-                          begin = k / panel_columns;
-            multiply({a, rows, l.in, &job.hidden, l.in, 0, begin, begin + panels, between - k, between_stride, false,
-                      true, goes_on && !k ? output_rows(0) : Coming{}},
-                     of_hidden);
-            multiply({{between, between_stride},
+        const int64_t n_hidden = words(l.hidden.out);
+        for (int64_t k = 0; k < n_hidden; k += depth) {
+            const int64_t n = n_hidden - k < depth ? n_hidden - k : depth;
+            make_hidden(k, k + depth, between, rooms[hidden_sums_room], goes_on && !k ? output_rows(0) : Coming{});
+            multiply({{between.data, between.stride},
                       rows,
                       n,
                       &job.last[0],
-                      l.hidden.out,
+                      n_hidden,
                       k,
                       0,
                       job.last[0].n_panels(),
                       to.data,
                       to.stride,
                       k > 0,
-                      k + n == l.hidden.out,
+                      k + n == n_hidden,
                       k ? Coming{} : next_input},
                      of_last);
         }
-        return last.write(0, 0, l.last[0].out);
-    }
-    if (job.stage == Stage::hidden) {
-        const int64_t end = job.groups.end(group, job.hidden.n_panels());
-        multiply({a,
-                  rows,
-                  l.in,
-                  &job.hidden,
-                  l.in,
-                  0,
-                  group * job.groups.panels,
-                  end,
-                  job.between + row * job.between_stride,
-                  job.between_stride,
-                  false,
-                  true,
-                  {}},
-                 of_hidden);
         return;
     }
-    const int64_t in = has_hidden ? l.hidden.out : l.in;
+    if (is_hidden) {
+        const int64_t begin = words(group * job.groups.panels * panel_columns),
+                      end = words(job.groups.end(group, job.hidden.n_panels()) * panel_columns);
+        return make_hidden(begin, end, {between.data + begin, between.stride}, rooms[hidden_sums_room], {});
+    }
     int64_t begin = group * job.groups.panels, end = job.groups.end(group, job.last_panels());
     for (int p = 0; p < l.n_last; p++) {
-        const int64_t panels = job.last[p].n_panels(), out = l.last[p].out;
+        const int64_t panels = job.last[p].n_panels();
         if (begin < panels && end > 0) {
             const int64_t from = begin > 0 ? begin : 0, until = end < panels ? end : panels;
             const Coming next = !goes_on ? Coming{} : p + 1 < l.n_last ? output_rows(p + 1) : next_input;
             const Output to = last.of(p);
             multiply({a, rows, in, &job.last[p], in, 0, from, until, to.data, to.stride, false, true, next},
                      last.finish(p));
-            last.write(p, from * panel_columns, until < panels ? until * panel_columns : out);
         }
         begin -= panels, end -= panels;
     }
@@ -154,7 +165,7 @@ static bool linear_of_many_rows(const LinearLayers &l, const Threads &threads) {
     } else if (job.blocks.are_many(threads)) {
         done = run_stage<T>(job, Stage::whole, threads);
     } else {
-        job.between_stride = padded(l.hidden.out);
+        job.between_stride = padded(words(l.hidden.out));
         job.between = (float *)allocate(l.rows * job.between_stride * int64_t(sizeof(float)));
         done = job.between && run_stage<T>(job, Stage::hidden, threads) && run_stage<T>(job, Stage::last, threads);
         release(job.between);

@@ -2,6 +2,7 @@
 // block by block as in linear.h; and those of weights and biases. Where weights are small and rows are many, a task adds what each of
 // its blocks makes of the weights' gradients while the block is in its cache; elsewhere that comes after.
 #pragma once
+#include "layer_norm_gradient.h"
 #include "weight_gradient.h"
 
 namespace nbhd::NBHD_ISA {
@@ -40,7 +41,7 @@ struct GradientJob {
 static void hidden_gradient(const GradientJob &job, Rows d, int64_t row, int64_t rows, int64_t begin, int64_t end,
                             float *d_hidden, Coming next) {
     const LinearGradients &g = *job.g;
-    Finish f{};
+    Finish<float> f{};
     f.slope_at = {g.sums + row * g.hidden.out, g.hidden.out};
     const int64_t out = g.last[0].out;
     multiply({d, rows, out, &job.last[0], out, 0, begin, end, d_hidden, job.hidden_stride, false, true, next}, f);
@@ -92,7 +93,7 @@ static void block_gradients(const GradientJob &job, int64_t block, int64_t group
         if (has_hidden) next_sums = coming(Rows{g.sums, g.hidden.out}.from(row + rows), next_rows);
         next_d = coming(Rows{g.d_output[0], g.last[0].out}.from(row + rows), next_rows);
     }
-    Finish f{};
+    Finish<float> f{};
     if (!g.norm.is_there) f.residual = Rows{g.added, g.in}.from(row);
     if (has_hidden) {
         const Rows d = is_whole ? apart(d_output, rows, g.last[0].out, room.memory) : d_output;

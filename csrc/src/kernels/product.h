@@ -3,8 +3,8 @@
 //      rows of a block  x  panel of the weight  ->  tile of sums in registers: 14 rows by two vectors (6 with 16 registers)
 //
 // A panel is the weights of 32 outputs, input by input, so that a vector of them is one load, which every row of the tile
-// multiplies by its own input. Sums are made over `depth` inputs in registers and added up in memory: no result depends on
-// how rows and panels are shared among tasks.
+// multiplies by its own input; or word by word, where an input is half a word (rows.h). Sums are made over `depth` words in
+// registers and added up in memory: no result depends on how rows and panels are shared among tasks.
 #pragma once
 #include "gelu.h"
 #include "rows.h"
@@ -14,35 +14,38 @@ namespace nbhd::NBHD_ISA {
 constexpr int tile_vectors = 2, tile_columns = tile_vectors * lanes;
 constexpr int most_tile_rows = registers == 32 ? 14 : 6;
 static_assert(panel_columns % tile_columns == 0);
-constexpr int64_t depth = 256;    // 32 KB of a panel, about a first-level cache
+constexpr int64_t depth = 256;    // words: 32 KB of a panel, about a first-level cache
 constexpr int64_t most_rows = 98; // of a block: its inputs take a part of a second-level cache
 
 NBHD_INLINE int64_t tiles(int64_t rows) { return (rows + most_tile_rows - 1) / most_tile_rows; }
 
-// What becomes of sums.
+// What becomes of sums, which are floats, on their way to rows of T. Rows begin with the first one of the block; those without data
+// are not there.
+template <class T>
 struct Finish {
     const float *bias, *scale; // or null
-    Rows residual;             // from the first row of the block; or without data
+    RowsOf<T> residual;
     bool gelu;
-    Output before_gelu; // from the first row of the block: where to keep what GELU is taken of; or without data
-    Rows slope_at;      // from the first row of the block: times the slope of GELU there; or without data
+    Output before_gelu; // where to keep what GELU is taken of
+    Rows slope_at;      // times the slope of GELU there
+    OutputOf<T> to;     // from the weight's first output; floats stay where the sums are
 
     // A tile has no registers left for more than the first three.
-    bool is_simple() const { return !gelu && !slope_at.data; }
+    bool is_simple() const { return is_float<T> && !gelu && !slope_at.data; }
 };
 
 // Part of the panel that comes next, asked for while a tile is computed: a weight is read once by a task, often from memory, and what
 // the processor fetches by itself ends with each page.
 struct Ahead {
     const char *from;
-    int64_t step; // bytes for each input
+    int64_t step; // bytes for each word
 };
 
-// c[rows][tile_columns] = or += a[rows][n] b[n][panel_columns], of b the first tile_columns; then what `f` says, which begins with
-// the tile's first row and column.
+// c[rows][tile_columns] = or += a[rows][n] b[n][panel_columns], words both, of b the first tile_columns; then what `f` says, which
+// begins with the tile's first row and column.
 template <int rows>
 static void tile(const float *a, int64_t a_stride, const float *b, int64_t n, float *c, int64_t c_stride, bool adds,
-                 const Finish &f, Ahead ahead) {
+                 const Finish<float> &f, Ahead ahead) {
     Vec sum[rows][tile_vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
@@ -62,7 +65,7 @@ static void tile(const float *a, int64_t a_stride, const float *b, int64_t n, fl
         for (int r = 0; r < rows; r++) {
             const Vec x = broadcast(three[r / 3] + r % 3 * a_stride + k);
 #pragma GCC unroll 2
-            for (int v = 0; v < tile_vectors; v++) sum[r][v] = fma(x, w[v], sum[r][v]);
+            for (int v = 0; v < tile_vectors; v++) sum[r][v] = multiply_words(x, w[v], sum[r][v]);
         }
     }
     if (adds) { // not what sums begin with: short chains of sums are more exact
@@ -100,8 +103,8 @@ static void tile(const float *a, int64_t a_stride, const float *b, int64_t n, fl
         for (int v = 0; v < tile_vectors; v++) store(c + r * c_stride + v * lanes, sum[r][v]);
 }
 
-using TileKernel = void (*)(const float *, int64_t, const float *, int64_t, float *, int64_t, bool, const Finish &,
-                            Ahead);
+using TileKernel = void (*)(const float *, int64_t, const float *, int64_t, float *, int64_t, bool,
+                            const Finish<float> &, Ahead);
 template <int... i>
 static TileKernel tile_of(int64_t rows, Sequence<i...>) {
     static constexpr TileKernel kernels[] = {tile<i + 1>...};
@@ -115,11 +118,13 @@ NBHD_INLINE int64_t next_tile(int64_t left) {
     return left < most_tile_rows + 4 ? (left + 1) / 2 : most_tile_rows;
 }
 
-// The rest of it where a tile goes beyond the last output, or GELU is wanted: too much for the registers that hold the sums.
-static void finish(const Finish &f, const float *sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t column,
-                   int64_t columns, float *c, int64_t c_stride) {
-    for (int64_t r = 0; r < rows; r++, sums += sums_stride, c += c_stride) {
-        const float *residual = f.residual.from(row + r).data;
+// The rest of it where a tile goes beyond the last output, or more is wanted than there are registers for: `to` begins with the
+// tile's first row and column.
+template <class T>
+static void finish(const Finish<T> &f, const float *sums, int64_t sums_stride, int64_t row, int64_t rows,
+                   int64_t column, int64_t columns, OutputOf<T> to) {
+    for (int64_t r = 0; r < rows; r++, sums += sums_stride, to.data += to.stride) {
+        const T *residual = f.residual.from(row + r).data;
         Vec x[tile_vectors];
 #pragma GCC unroll 2
         for (int v = 0; v < tile_vectors; v++) {
@@ -151,7 +156,7 @@ static void finish(const Finish &f, const float *sums, int64_t sums_stride, int6
             const int64_t left = columns - v * lanes;
             if (f.scale) x[v] *= load_some(f.scale + column + v * lanes, left);
             if (residual) x[v] += load_some(residual + column + v * lanes, left);
-            store_some(c + v * lanes, x[v], left);
+            store_some(to.data + v * lanes, x[v], left);
         }
     }
 }
@@ -168,27 +173,30 @@ NBHD_INLINE Coming coming(RowsOf<T> a, int64_t rows) {
 
 // A block of rows times a part of a weight.
 struct Product {
-    Rows a; // from the first row and the first of the `n` inputs
+    Rows a; // words, from the first row and the first of `n` words
     int64_t rows, n;
     const Weight *weight;
-    int64_t in, first; // inputs of the weight, and the one that `a` begins with
+    int64_t in, first; // words of an output's weight, and the one that `a` begins with
     int64_t panel_begin, panel_end;
-    float *c; // from the first row and the first panel of the weight
+    float *c; // sums, from the first row and the first panel of the weight
     int64_t c_stride;
     bool adds, ends; // there are sums in c already; these are the last
     Coming next;     // asked for meanwhile, in place of the next panel: where panels stay in the cache
 };
 
 // Asks for a tile's columns of rows that were not looked at for long.
-NBHD_INLINE void ask_for(Rows a, int64_t column, int64_t rows) {
+template <class T>
+NBHD_INLINE void ask_for(RowsOf<T> a, int64_t column, int64_t rows) {
     for (int64_t r = 0; r < rows; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < tile_vectors; v++) __builtin_prefetch(a.data + r * a.stride + column + v * lanes, 0, 3);
 }
 
-static void multiply(const Product &p, const Finish &f) {
-    alignas(64) float edge[most_tile_rows * tile_columns] = {}; // a tile that goes beyond the last output
-    // a panel's share of each input and each tile; those of several tiles' width lie in the same lines
+template <class T>
+static void multiply(const Product &p, const Finish<T> &f) {
+    // sums of a tile that goes beyond the last output, or of one that is written elsewhere at once
+    alignas(64) float apart[most_tile_rows * tile_columns] = {};
+    // a panel's share of each word and each tile; those of several tiles' width lie in the same lines
     const int64_t ahead_step = panel_columns * int64_t(sizeof(float)) / tiles(p.rows) + 1;
     const int64_t panels = (p.panel_end < p.weight->n_panels() ? p.panel_end : p.weight->n_panels()) - p.panel_begin,
                   steps = p.n * tiles(p.rows) * panels * (panel_columns / tile_columns);
@@ -202,18 +210,25 @@ static void multiply(const Product &p, const Finish &f) {
             const float *b = p.weight->panels + (column / panel_columns * p.in + p.first + k) * panel_columns +
                              column % panel_columns;
             Ahead ahead{(const char *)(b + p.in * panel_columns - column % panel_columns), ahead_step};
-            const bool is_whole = columns == tile_columns, by_tile = is_whole && f.is_simple();
+            const bool is_whole = columns == tile_columns, by_tile = is_whole && f.is_simple(),
+                       is_apart = !is_whole || (!is_float<T> && ends && !adds);
             for (int64_t row = 0, rows; row < p.rows; row += rows) {
                 rows = next_tile(p.rows - row);
                 const float *a = p.a.data + row * p.a.stride + k;
-                float *c = p.c + row * p.c_stride + column, *sums = is_whole ? c : edge;
-                const int64_t stride = is_whole ? p.c_stride : tile_columns;
-                if (!is_whole && adds) copy(c, p.c_stride, edge, stride, rows, columns);
-                Finish now{};
-                if (ends && by_tile) {
-                    now.bias = f.bias ? f.bias + column : nullptr, now.scale = f.scale ? f.scale + column : nullptr;
-                    if (f.residual.data)
-                        now.residual = {f.residual.data + row * f.residual.stride + column, f.residual.stride};
+                float *c = p.c + row * p.c_stride + column, *sums = is_apart ? apart : c;
+                const int64_t stride = is_apart ? tile_columns : p.c_stride;
+                if (is_apart && adds) copy(c, p.c_stride, apart, stride, rows, columns);
+                Finish<float> now{};
+                OutputOf<T> to{};
+                if constexpr (is_float<T>) {
+                    if (ends && by_tile) {
+                        now.bias = f.bias ? f.bias + column : nullptr, now.scale = f.scale ? f.scale + column : nullptr;
+                        if (f.residual.data)
+                            now.residual = {f.residual.data + row * f.residual.stride + column, f.residual.stride};
+                    }
+                    to = {c, p.c_stride};
+                } else if (ends) {
+                    to = {f.to.data + row * f.to.stride + column, f.to.stride};
                 }
                 if (ends) {
                     if (f.residual.data) ask_for(f.residual.from(row), column, rows);
@@ -221,14 +236,15 @@ static void multiply(const Product &p, const Finish &f) {
                 }
                 Ahead &asked = p.next.begin ? next : ahead;
                 tile_of(rows)(a, p.a.stride, b, n, sums, stride, adds, now, asked), asked.from += n * asked.step;
-                if (ends && !by_tile) finish(f, sums, stride, row, rows, column, columns, c, p.c_stride);
-                else if (!is_whole) copy(edge, stride, c, p.c_stride, rows, columns);
+                if (ends && !by_tile) finish(f, sums, stride, row, rows, column, columns, to);
+                else if (is_apart) copy(apart, stride, c, p.c_stride, rows, columns);
             }
         }
     }
 }
 
-// Panels of a weight, [out][in]: as they are multiplied by inputs; or, for gradients of inputs, by those of outputs, times `factor`.
+// Panels of a weight, [out][in]: as they are multiplied by inputs; or, for gradients of inputs, by those of outputs, times `factor`,
+// where words are floats.
 struct Packing {
     const Weight *weight;
     Dtype dtype; // of its source
@@ -240,19 +256,37 @@ struct Packing {
     int64_t n_outputs() const { return transposed ? in : weight->out; }
     int64_t n_inputs() const { return transposed ? weight->out : in; }
     int64_t n_panels() const { return (n_outputs() + panel_columns - 1) / panel_columns; }
-    int64_t size() const { return n_panels() * panel_columns * n_inputs(); }
+    int64_t size() const { return n_panels() * panel_columns * words(n_inputs()); }
 };
+
+// The words of n numbers, as many as a vector has.
+template <class T>
+NBHD_INLINE Vec load_words(const T *p, int64_t n) {
+#if NBHD_PAIRS
+    if constexpr (is_bfloat16<T>) {
+        const __mmask32 first = n < 2 * lanes ? (__mmask32(1) << (n > 0 ? n : 0)) - 1 : ~__mmask32(0);
+        return (Vec)_mm512_maskz_loadu_epi16(first, p);
+    } else {
+        BFloat16 both[2 * lanes];
+        store(both, load_some(p, n)), store(both + lanes, n > lanes ? load_some(p + lanes, n - lanes) : Vec{});
+        return load((const float *)both);
+    }
+#else
+    return load_some(p, n);
+#endif
+}
 
 // A panel of `n` inputs, of which `source` has `columns` outputs, [columns][in].
 template <class T>
 static void pack_inputs(const T *source, int64_t in, int64_t columns, int64_t n, float *to) {
     for (int64_t c = 0; c < panel_columns; c += lanes) {
         const T *from = source + c * in;
-        for (int64_t k = 0; k < n; k += lanes) {
-            const int64_t some = n - k < lanes ? n - k : lanes;
+        for (int64_t k = 0; k < words(n); k += lanes) {
+            const int64_t first = k * numbers_of_word, some = words(n) - k < lanes ? words(n) - k : lanes;
             Vec r[lanes];
 #pragma GCC unroll 16
-            for (int l = 0; l < lanes; l++) r[l] = c + l < columns ? load_some(from + l * in + k, some) : Vec{};
+            for (int l = 0; l < lanes; l++)
+                r[l] = c + l < columns ? load_words(from + l * in + first, n - first) : Vec{};
             transpose(r);
             for (int64_t i = 0; i < some; i++) store(to + (k + i) * panel_columns + c, r[i]);
         }
@@ -263,7 +297,7 @@ template <class T>
 static void pack_panel(const Packing &p, const T *source, int64_t panel) {
     const int64_t first = panel * panel_columns, in = p.in, n = p.n_inputs();
     const int64_t left = p.n_outputs() - first, columns = left < panel_columns ? left : panel_columns;
-    float *to = p.panels + panel * n * panel_columns;
+    float *to = p.panels + panel * words(n) * panel_columns;
     if (p.transposed) {
         const Vec factor = splat(p.factor);
         const T *from = source + first;

@@ -1,4 +1,4 @@
-// Rows whose number of columns is no multiple of a vector; 16-bit rows as floats and back.
+// Rows whose number of columns is no multiple of a vector; 16-bit rows as floats and back; rows as products want them.
 #pragma once
 #include "../linear.h"
 #include "element.h"
@@ -37,6 +37,42 @@ static void copy(const float *from, int64_t from_stride, float *to, int64_t to_s
         __builtin_memcpy(to + r * to_stride, from + r * from_stride, size_t(columns) * sizeof(float));
 }
 
+// What products are made of: words, each of them a float, or two bfloat16 (NBHD_PAIRS), the second zero where there is none.
+#if NBHD_PAIRS
+using Multiplied = BFloat16;
+#else
+using Multiplied = float;
+#endif
+constexpr int64_t numbers_of_word = pairs ? 2 : 1;
+NBHD_INLINE constexpr int64_t words(int64_t numbers) { return (numbers + numbers_of_word - 1) / numbers_of_word; }
+
+// Rows of words, as those numbers.
+NBHD_INLINE OutputOf<Multiplied> numbers(Output a) { return {(Multiplied *)a.data, a.stride * numbers_of_word}; }
+
+// Whether rows of these are words as they lie.
+template <class T>
+NBHD_INLINE bool are_words(RowsOf<T> a, int64_t columns) {
+    if constexpr (!pairs) return is_float<T>;
+    return is_bfloat16<T> && !(columns % 2) && !(a.stride % 2) && !((uintptr_t)a.data % sizeof(float));
+}
+
+// The numbers of each row of floats, where they lie, become words.
+static void become_words([[maybe_unused]] Output a, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t columns) {
+#if NBHD_PAIRS
+    for (int64_t r = 0; r < rows; r++, a.data += a.stride)
+        for (int64_t i = 0; i < columns; i += lanes)
+            store((BFloat16 *)a.data + i, load_some(a.data + i, columns - i)); // zeros past the last one
+#endif
+}
+
+// A row's last word is whole: written has been up to its last number.
+static void end_words([[maybe_unused]] Output a, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t columns) {
+#if NBHD_PAIRS
+    if (columns % 2)
+        for (int64_t r = 0; r < rows; r++, a.data += a.stride) ((BFloat16 *)a.data)[columns].bits = 0;
+#endif
+}
+
 // The rows as tiles want them: as they lie, or in `room` where they would be in each other's way.
 static Rows apart(Rows a, int64_t rows, int64_t columns, float *room) {
     if (a.stride % alias) return a;
@@ -52,23 +88,12 @@ NBHD_INLINE auto with_type(Dtype dtype, const void *data, const F &f) {
     return f((const float *)data);
 }
 
+// As floats.
 template <class T>
 static void widen(RowsOf<T> from, int64_t rows, int64_t columns, float *to, int64_t to_stride) {
     for (int64_t r = 0; r < rows; r++, from.data += from.stride, to += to_stride)
         for (int64_t i = 0; i < columns; i += lanes)
             store_some(to + i, load_some(from.data + i, columns - i), columns - i);
-}
-
-// Sums, plus `residual` if that has data, as they are written.
-template <class T>
-static void narrow(Rows sums, RowsOf<T> residual, int64_t rows, int64_t columns, T *to, int64_t to_stride) {
-    for (int64_t r = 0; r < rows; r++, sums.data += sums.stride, residual = residual.from(1), to += to_stride)
-        for (int64_t i = 0; i < columns; i += lanes) {
-            const int64_t left = columns - i;
-            Vec x = load_some(sums.data + i, left);
-            if (residual.data) x += load_some(residual.data + i, left);
-            store_some(to + i, x, left);
-        }
 }
 
 } // namespace nbhd::NBHD_ISA

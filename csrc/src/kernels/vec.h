@@ -35,7 +35,8 @@ constexpr bool is_double = sizeof(Real) == 8;
 #ifndef NBHD_PAIRS
 #define NBHD_PAIRS 0
 #endif
-// Scores of bfloat16 tensors straight from the 16-bit numbers, two channels in each word: the file is for this type alone.
+// Products straight from 16-bit numbers, two bfloat16 in each word: the scores of tensors of this type, for which alone the file is
+// then, or those of linear layers.
 constexpr bool pairs = NBHD_PAIRS;
 constexpr int lanes = NBHD_VECTOR_BYTES / sizeof(Real);
 constexpr int registers = NBHD_REGISTERS;

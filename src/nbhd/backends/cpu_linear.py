@@ -7,6 +7,7 @@ its weights in the order they are multiplied in; `run` and `gradients` put them 
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,12 +23,13 @@ PANEL = 32
 #: Layers of the same input that a call can have.
 MOST_LAYERS = 3
 
-#: Of rows and, apart from that, of what is learned. It is computed in float32 and rounded where it is written.
+#: Of rows and, apart from that, of what is learned. It is computed in float32 and rounded where it is written; products
+#: may be of bfloat16 (`product_dtype`).
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# nbhd_linear_call: size, dtypes, rows, in, input; norm, the hidden and the last weights, gelu; what else comes after,
-# outputs, what is kept for the gradients, threads.
-_INPUT, _LAYERS, _OUTPUT = struct.Struct("=7q"), struct.Struct("=3qd17q"), struct.Struct("=13q")
+# nbhd_linear_call: size, three dtypes, rows, in, input; norm, the hidden and the last weights, gelu; what else comes
+# after, outputs, what is kept for the gradients, threads.
+_INPUT, _LAYERS, _OUTPUT = struct.Struct("=8q"), struct.Struct("=3qd17q"), struct.Struct("=13q")
 _CALL_BYTES = _INPUT.size + _LAYERS.size + _OUTPUT.size
 # nbhd_linear_gradients_call: size, rows, in, input, norm, the weights, what was kept; factor; gradients, threads.
 _GIVEN, _FACTOR, _WANTED = struct.Struct("=25q"), struct.Struct("=d"), struct.Struct("=17q")
@@ -41,7 +43,7 @@ class Layer(NamedTuple):
     """A linear layer.
 
     Attributes:
-        panels: `pack` of the weight; None: each call packs it.
+        panels: `pack` of the weight for the call's products; None: each call packs it.
         weight: ``[out, in]``, dense, of one of `DTYPES`, which all parameters of a call have.
         bias: ``[out]``, dense, or None.
     """
@@ -77,14 +79,30 @@ class Stale(Exception):
     """The packed weight of a layer is not that of its weight: pack it again."""
 
 
+@functools.cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the core makes products of where PyTorch's layers would make them in ``dtype``: of bfloat16, or of float32.
+
+    bfloat16 where the core takes instructions for it: on AMD's processors that have them.
+    """
+    is_paired = dtype == torch.bfloat16 and cpu.loaded_library().isa == "avx512bf16"
+    return dtype if is_paired else torch.float32
+
+
 def pack(weight: Tensor) -> Tensor:
-    """``[out, in]`` in the order it is multiplied in: ``[panels, in, PANEL]``, float32, zeros past the last output."""
+    """``[out, in]`` in the order it is multiplied in, with zeros past the last output and input.
+
+    ``[panels, in, PANEL]`` in float32, or ``[panels, ceil(in / 2), PANEL, 2]`` in bfloat16: `product_dtype` of its own.
+    """
     weight = weight.detach()
     out, features = weight.shape
-    panels = -(-out // PANEL)
-    padded = weight.new_zeros(panels * PANEL, features, dtype=torch.float32)
-    padded[:out] = weight
-    return padded.view(panels, PANEL, features).transpose(1, 2).contiguous()
+    dtype = product_dtype(weight.dtype)
+    panels, at_once = -(-out // PANEL), 1 if dtype == torch.float32 else 2
+    steps = -(-features // at_once)
+    padded = weight.new_zeros(panels * PANEL, steps * at_once, dtype=dtype)
+    padded[:out, :features] = weight
+    ordered = padded.view(panels, PANEL, steps, at_once).transpose(1, 2).contiguous()
+    return ordered if at_once > 1 else ordered.squeeze(-1)
 
 
 class PreparedLayers:
@@ -100,13 +118,14 @@ class PreparedLayers:
         gelu: the exact GELU of ``last``.
     """
 
-    __slots__ = ("_dtype", "_layers", "_library", "features", "out")
+    __slots__ = ("_dtypes", "_layers", "_library", "features", "out")
 
     def __init__(self, last: Layer, hidden: Layer | None, norm: Norm | None, gelu: bool) -> None:
         self._library = cpu.loaded_library()
         self.features = (last if hidden is None else hidden).weight.shape[1]
         self.out = last.weight.shape[0]
-        self._dtype = DTYPES[last.weight.dtype]
+        dtype = last.weight.dtype
+        self._dtypes = DTYPES[dtype], DTYPES[product_dtype(dtype)]
         self._layers = _LAYERS.pack(*_of_norm(norm), *_of_layers(hidden, (last,)), gelu)
 
     def __call__(self, input: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor | None:
@@ -127,7 +146,7 @@ class PreparedLayers:
         out, library = self.out, self._library
         output = input.new_empty((*input.shape[:-1], out))
         status = library.linear(
-            _of_input(input, self._dtype)
+            _of_input(input, *self._dtypes)
             + self._layers
             + _OUTPUT.pack(
                 _pointer(scale), _pointer(residual), out, output.data_ptr(), 0, 0, out, 0, 0, 0, 0,
@@ -155,7 +174,7 @@ class Made(NamedTuple):
 
 def run(
     input: Tensor, last: Sequence[Layer], hidden: Layer | None, norm: Norm | None, scale: Tensor | None,
-    residual: Tensor | None, keeps: bool,
+    residual: Tensor | None, products: torch.dtype, keeps: bool,
 ) -> Made | None:  # fmt: skip
     """``residual + scale * last(gelu(hidden(norm(input))))`` with those parts that are given.
 
@@ -166,6 +185,7 @@ def run(
         norm: of the input.
         scale: ``[out]``, float32, or None.
         residual: ``[..., out]`` of the input's dtype, or None.
+        products: what PyTorch's layers would make products in; they are made in `product_dtype` of it.
         keeps: keep what `gradients` asks for.
 
     Returns:
@@ -181,7 +201,7 @@ def run(
     if keeps and hidden is not None:
         sums = input.new_empty(rows, hidden.weight.shape[0], dtype=torch.float32)
     status = library.linear(
-        _of_input(input, DTYPES[last[0].weight.dtype])
+        _of_input(input, DTYPES[last[0].weight.dtype], DTYPES[product_dtype(products)])
         + _LAYERS.pack(*_of_norm(norm), *_of_layers(hidden, last), 0)
         + _OUTPUT.pack(
             _pointer(scale), _pointer(residual), widths[0], *_pointers(outputs), *_three(widths), _pointer(moments),
@@ -239,10 +259,10 @@ def _is_done(library: cpu.Library, status: int) -> bool:
     return not status
 
 
-def _of_input(input: Tensor, parameter_dtype: int) -> bytes:
+def _of_input(input: Tensor, parameter_dtype: int, of_products: int) -> bytes:
     features = input.shape[-1]
     rows, dtype = input.numel() // features, DTYPES[input.dtype]
-    return _INPUT.pack(_CALL_BYTES, dtype, parameter_dtype, rows, features, input.data_ptr(), features)
+    return _INPUT.pack(_CALL_BYTES, dtype, parameter_dtype, of_products, rows, features, input.data_ptr(), features)
 
 
 def _of_norm(norm: Norm | None) -> tuple[int, int, int, float]:

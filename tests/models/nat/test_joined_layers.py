@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return output
 
         monkeypatch.setattr(joined_layers, name, spy)
-    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype: dtype in DTYPES)
+    monkeypatch.setattr(joined, "joined_layers_are_faster", lambda dtype, with_gradients: dtype in DTYPES)
     yield seen
 
 
@@ -54,7 +54,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable:
 
     def run(function: Callable) -> object:
         with monkeypatch.context() as context:
-            context.setattr(joined, "joined_layers_are_faster", lambda dtype: False)
+            context.setattr(joined, "joined_layers_are_faster", lambda dtype, with_gradients: False)
             return function()
 
     return run

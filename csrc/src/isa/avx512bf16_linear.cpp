@@ -1,0 +1,12 @@
+// The linear layers for avx512 with products of pairs of 16-bit numbers. Their gradients are made of floats.
+#define NBHD_ISA avx512bf16_linear
+#define NBHD_DOUBLE 0
+#define NBHD_PAIRS 1
+#define NBHD_VECTOR_BYTES 64
+#define NBHD_REGISTERS 32
+#include "../kernels/linear.h"
+
+namespace nbhd {
+extern const LinearKernels avx512bf16_linear_kernels;
+const LinearKernels avx512bf16_linear_kernels = {NBHD_ISA::linear, nullptr};
+} // namespace nbhd
