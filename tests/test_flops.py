@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._ops import OpOverloadPacket
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import nbhd
@@ -77,6 +78,28 @@ def test_compiled_graphs_have_formulas_for_all_operators() -> None:
     assert ours == {"nbhd.linear": 2 * 5 * 6 * 7}
     ours = counted(lambda: torch.ops.nbhd.linear_d_weight(torch.randn(5, 7), layer))
     assert ours == {"nbhd.linear_d_weight": 2 * 5 * 6 * 7}
+
+
+@pytest.mark.parametrize("learns", ["all", "input", "hidden", "last"])
+def test_layers_count_as_the_plain_ones(learns: str) -> None:
+    batch, norm = torch.randn(5, 6), (torch.randn(6), torch.randn(6))
+    layers = [(torch.randn(7, 6), torch.randn(7)), (torch.randn(8, 7), torch.randn(8))]
+    tensors = {"input": [batch, *norm], "hidden": [*layers[0]], "last": [*layers[1]]}
+    for name, some in tensors.items():
+        for tensor in some:
+            tensor.requires_grad_(learns in (name, "all"))
+
+    def joined() -> None:
+        outputs = torch.ops.nbhd.layers(
+            batch, None, *norm, *layers[0], *layers[1], *(None,) * 4, 1e-5, 1.0, False, True
+        )
+        outputs[0].sum().backward()
+
+    def plain() -> None:
+        x = functional.layer_norm(batch, (6,), *norm)
+        functional.linear(functional.gelu(functional.linear(x, *layers[0])), *layers[1]).sum().backward()
+
+    assert sum(counted(joined).values()) == sum(counted(plain).values()) > 0
 
 
 COUNT = """

@@ -13,7 +13,7 @@ import nbhd
 from nbhd import optimize
 from nbhd.errors import ArgumentError
 from nbhd.models import NatBackbone, NatConfig, NatForImageClassification, NatModel
-from nbhd.models.nat import inference_layers
+from nbhd.models.nat import fused_attention
 from nbhd.models.nat.layers import NatDropPath, NeighborhoodAttention
 
 SETTINGS: dict[str, Any] = {
@@ -78,8 +78,8 @@ def test_one_product_gives_views_that_the_operator_takes_uncopied(monkeypatch):
     model = _model(NatModel)
     nbhd.optimize_for_inference(model, dtype=None)
     seen = []
-    real = inference_layers.na2d
-    monkeypatch.setattr(inference_layers, "na2d", lambda *a, **k: (seen.append(a[:3]), real(*a, **k))[1])
+    real = fused_attention.na2d
+    monkeypatch.setattr(fused_attention, "na2d", lambda *a, **k: (seen.append(a[:3]), real(*a, **k))[1])
     model(torch.randn(1, 3, 40, 40))
     assert len(seen) == 2
     for query, key, value in seen:

@@ -58,6 +58,23 @@ def _linear_d_weight(d_out: Shape, input: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(input) * d_out[-1]
 
 
+def _layers(input: Shape, residual: Shape, *others: Any, **__: Any) -> int:
+    weights = [weight for weight in others[2:10:2] if weight is not None]
+    return 2 * math.prod(input[:-1]) * sum(map(math.prod, weights))
+
+
+def _layers_backward(d_1: Shape, d_2: Shape, d_3: Shape, input: Shape, *others: Any, **__: Any) -> int:
+    """A product for each gradient of a weight that is wanted, and one for each of a layer's input on the way."""
+    wants_input, wants_norm, wants = others[-1][0], any(others[-1][1:3]), others[-1][3:]
+    hidden, *last = (math.prod(weight) if weight is not None else 0 for weight in others[2:10:2])
+    products = sum(size for size, wanted in zip((hidden, *last), wants[::2], strict=True) if wanted)
+    if wants_input or wants_norm:
+        products += hidden + sum(last)
+    elif hidden and any(wants[:2]):
+        products += sum(last)
+    return 2 * math.prod(input[:-1]) * products
+
+
 #: By the operators' names, ``nbhd::`` before them.
 FORMULAS: dict[str, Callable[..., int]] = {
     "na_forward": _na_forward,
@@ -68,6 +85,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "weighted_sum_backward": _weighted_sum_backward,
     "linear": _linear,
     "linear_d_weight": _linear_d_weight,
+    "layers": _layers,
+    "layers_backward": _layers_backward,
 }
 
 

@@ -117,7 +117,7 @@ def join(
         gradients less has to be kept.
     """
     products = dtype_of_products(input)
-    call = _Call(norm.epsilon if norm else None, hidden is not None, factor, residual is input, products)
+    call = Call(norm.epsilon if norm else None, hidden is not None, factor, residual is input, products)
     if call.adds_input:
         residual = None
     parameters = (
@@ -143,7 +143,7 @@ _Tensors = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What is computed from input, residual, the norm's weight and bias, the hidden layer's, and each last layer's."""
 
     epsilon: float | None
@@ -209,7 +209,7 @@ class _Call:
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, call: _Call, batch: Tensor, residual: Tensor | None, *parameters: Tensor | None
+        ctx: Any, call: Call, batch: Tensor, residual: Tensor | None, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         made = call.run(batch, residual, parameters, keeps=True)
         if made is None:  # something lies at odd bytes of a file
@@ -233,18 +233,15 @@ class _Join(torch.autograd.Function):
         batch, moments, sums, norm_weight, norm_bias, hidden_weight, *weights = ctx.saved_tensors
         hidden_bias, *biases = ctx.biases
         last = (tensor for pair in zip(weights, biases, strict=True) for tensor in pair)
-        kept = _Kept(batch, moments, sums, (norm_weight, norm_bias, hidden_weight, hidden_bias, *last))
+        kept = Kept(batch, moments, sums, (norm_weight, norm_bias, hidden_weight, hidden_bias, *last))
         kept.expect(ctx.shape, ctx.dtype)
-        found = None
         # Where grad is enabled the gradient itself is to be differentiated, which PyTorch's operators know how to.
-        if not (torch.is_grad_enabled() or is_transformed() or _is_watched() or any(map(is_special, d_outputs))):
-            found = _backward(ctx.call, kept, d_outputs, (wants_batch, *wants))
-        if found is None:
-            found = _backward_by_pytorch(ctx.call, kept, d_outputs, (wants_batch, *wants))
+        by_pytorch = torch.is_grad_enabled() or is_transformed() or _is_watched() or any(map(is_special, d_outputs))
+        found = gradients(ctx.call, kept, d_outputs, (wants_batch, *wants), by_pytorch)
         return None, found[0], d_outputs[0] if wants_residual else None, *found[1:]
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What autograd kept."""
 
     batch: Tensor
@@ -260,8 +257,16 @@ class _Kept(NamedTuple):
         expect_kept("the sums of a hidden layer", self.sums, (rows, _rows(self.parameters[2])), torch.float32)
 
 
-def _backward(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None] | None:
-    """Gradients of input and parameters that are wanted; None if the core does not take what it is given."""
+def gradients(
+    call: Call, kept: Kept, d_outputs: _Tensors, wants: Sequence[bool], by_pytorch: bool = False
+) -> list[Tensor | None]:
+    """Gradients of input and parameters that are wanted; ``by_pytorch``: differentiable where grad is enabled."""
+    found = None if by_pytorch else _backward(call, kept, d_outputs, wants)
+    return _backward_by_pytorch(call, kept, d_outputs, wants) if found is None else found
+
+
+def _backward(call: Call, kept: Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None] | None:
+    """The same by the core; None if it does not take what it is given."""
     # hooks may have kept copies, laid out otherwise
     batch = kept.batch.float().contiguous()
     moments, sums, *parameters = (
@@ -295,7 +300,7 @@ def _backward(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[boo
     return [None if t is None else t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
 
 
-def _backward_by_pytorch(call: _Call, kept: _Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None]:
+def _backward_by_pytorch(call: Call, kept: Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None]:
     """The same by PyTorch's operators, which can be differentiated again if grad is enabled."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nbhd.backends import cpu
-from nbhd.backends.cpu_linear import DTYPES
+from nbhd.backends.cpu_linear import DTYPES, product_dtype
 from nbhd.convolution import Conv2d
 from nbhd.errors import ArgumentError
 from nbhd.linear import Linear, is_plain
@@ -70,8 +70,9 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
     Evaluation mode, no gradients; dropout and drop path taken out; the three products for query, key and value of each
     neighborhood attention fused into one, whose result the operator reads through strided views, without copies
     (attentions with hooks, adapters or a ``forward`` of their own stay as they are). On CPUs where it is faster (it is
-    measured, once a process: `nbhd.packed`), weights are kept a second time, in float32 and in the order they are
-    multiplied in, and the native core makes the products with the norms, GELU and residuals around them.
+    measured, once a process: `nbhd.packed`), weights are kept a second time, in the order they are multiplied in (in
+    float32 but where products are of bfloat16), and the native core makes the products with the norms, GELU and
+    residuals around them.
 
     Args:
         model: `NatForImageClassification`, `NatModel`, `NatBackbone`, or any model with one of them inside. What is not
@@ -140,7 +141,8 @@ def _remove_dropout(nat: nn.Module) -> int:
 
 def _fuse(nat: nn.Module) -> tuple[int, int]:
     """How many attentions were fused, and how many had to be left."""
-    from nbhd.models.nat.inference_layers import FusedNeighborhoodAttention, may_be_fused
+    from nbhd.models.nat.fused_attention import FusedNeighborhoodAttention
+    from nbhd.models.nat.inference_layers import may_be_fused
     from nbhd.models.nat.layers import NeighborhoodAttention
 
     fused = left = 0
@@ -217,7 +219,7 @@ def _pack(nats: list[nn.Module], compile: bool, report: InferenceReport) -> None
     weight = _first_weight(nats)
     reason = None
     if compile:
-        reason = "compiled graphs have the plain layers"
+        reason = "weights in compiled graphs are put in order at each call"
     elif weight.device.type != "cpu" or weight.dtype not in DTYPES:
         reason = f"for float32 and 16 bits on a CPU, not {_name(weight.dtype)} on {weight.device.type}"
     if reason is not None:
@@ -235,7 +237,7 @@ def _pack(nats: list[nn.Module], compile: bool, report: InferenceReport) -> None
     if not weights:
         report.add("packed weights", False, "packed already, or hooks are in the way")
         return
-    size = sum(weight.numel() for weight in weights) * 4 / 2**20  # in float32
+    size = sum(weight.numel() for weight in weights) * product_dtype(weight.dtype).itemsize / 2**20
     reason = f"{len(weights)} layers keep their weights a second time from their first call on, {size:.3g} MiB in all"
     if joined := sum(map(_join_layers, nats)):
         reason += f"; {joined} layers of NAT in four calls each: an MLP is {gain:.2f} times as fast on this CPU"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -34,6 +35,16 @@ class Kinds:
             and all(type(part) in self._of_names[name] and is_plain(part) for name, part in parts.items())
             and self.are_as_they_were()
         )
+
+    def are_in(self, module: nn.Module) -> bool:
+        """Whether they are among the parts of ``module``, without hooks; for a compiler to look into."""
+        for name, kinds in self._of_names.items():
+            part: Any = module
+            for step in name.split("."):
+                part = getattr(part, step, None)
+            if type(part) not in kinds or not is_plain(part):
+                return False
+        return not nn.modules.module._has_any_global_hook()
 
     def are_as_they_were(self) -> bool:
         """Whether nobody has put another ``forward`` into the classes, or another way to call all modules."""

@@ -99,7 +99,7 @@ def _measured_gain(dtype: torch.dtype) -> float:
 
 
 class PackedLinear(Linear):
-    """`nbhd.linear.Linear` with its weight packed, in float32 whatever dtype it has.
+    """`nbhd.linear.Linear` with its weight packed, in `product_dtype` of the dtype it has.
 
     In another dtype than it has now, one that it is converted to later, it is the plain layer.
 

@@ -21,7 +21,7 @@ from nbhd import joined
 from nbhd.backends import cpu
 from nbhd.backends.cpu_linear import DTYPES
 from nbhd.models import NatConfig, NatForImageClassification
-from nbhd.models.nat import joined_layers
+from nbhd.models.nat import joined_layers, layers
 from nbhd.models.nat.layers import NatDropPath, NatLayer, NatOutput, NeighborhoodAttention
 
 pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
@@ -514,8 +514,8 @@ def test_an_epsilon_that_the_core_does_not_take(epsilon: float, calls: list[str]
 
 def test_the_attention_is_computed_once(calls: list[str], monkeypatch: pytest.MonkeyPatch, plainly: Callable) -> None:
     """Also where its projection is one that PyTorch has to make."""
-    layer, seen, real = first_layer(model_of()).eval(), [], joined_layers.na2d
-    monkeypatch.setattr(joined_layers, "na2d", lambda *args, **options: (seen.append(1), real(*args, **options))[1])
+    layer, seen, real = first_layer(model_of()).eval(), [], layers.na2d
+    monkeypatch.setattr(layers, "na2d", lambda *args, **options: (seen.append(1), real(*args, **options))[1])
     weight = layer.attention.output.dense.weight
     layer.attention.output.dense.weight = nn.Parameter(weight.detach().t().contiguous().t())
     batch = torch.randn(2, 8, 8, 32)

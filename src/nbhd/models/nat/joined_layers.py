@@ -13,21 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbhd._modes import makes_a_graph
 from nbhd.backends.cpu_linear import Layer, Norm
-from nbhd.functional import na2d
-from nbhd.joined import join
+from nbhd.joined import join as join_now
+from nbhd.joined_operator import join_in_graph
 
 
 def suits(layer: Any, hidden_states: Tensor) -> bool:
     """Whether ``hidden_states`` is a map that nothing is padded of, nothing drops out, and a branch may be kept."""
     attention = layer.attention
-    dropouts = attention.self.dropout, attention.output.dropout, layer.output.dropout
+    dropouts = getattr(attention.self, "dropout", None), attention.output.dropout, layer.output.dropout
     return (
         hidden_states.ndim == 4
         and min(hidden_states.shape[1:3]) >= layer.window_size
         and not (layer.drop_path.training and getattr(layer.drop_path, "drop_prob", 0) >= 1)
-        and not any(dropout.training and dropout.p > 0 for dropout in dropouts)
+        and not any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in dropouts)
     )
+
+
+def join(*layers: Any, **others: Any) -> tuple[Tensor, ...] | None:
+    """`nbhd.joined.join`, or its operator where a graph is made."""
+    return join_in_graph(*layers, **others) if makes_a_graph() else join_now(*layers, **others)
 
 
 def attention_branch(layer: Any, hidden_states: Tensor, factor: float | None) -> Tensor | None:
@@ -38,17 +44,14 @@ def attention_branch(layer: Any, hidden_states: Tensor, factor: float | None) ->
     attention, norm = layer.attention.self, _norm(layer.layernorm_before, hidden_states)
     if norm is None:
         return None
-    projections = [_layer(part) for part in (attention.query, attention.key, attention.value)]
-    parts = join(hidden_states, projections, norm=norm)
+    is_fused = hasattr(attention, "qkv")
+    projections = [attention.qkv] if is_fused else [attention.query, attention.key, attention.value]
+    parts = join(hidden_states, [_layer(part) for part in projections], norm=norm)
     if parts is None:
         return None
-    heads = attention.num_attention_heads, attention.attention_head_size
-    query, key, value = (part.unflatten(-1, heads) for part in parts)
-    del parts  # what follows can have their memory
-    options: Any = {"dilation": attention.dilation, "rel_pos_bias": attention.rpb}
-    with _in_own_dtype(query):
-        context = na2d(query, key, value, attention.kernel_size, **options).flatten(-2)
-    del query, key, value
+    with _in_own_dtype(parts[0]):
+        context = attention.attend(*parts)
+    del parts
     outputs = join(context, [_layer(layer.attention.output.dense)], **_added(hidden_states, factor))
     if outputs is not None:
         return outputs[0]

@@ -19,9 +19,11 @@ from nbhd.convolution import Conv2d
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
 from nbhd.joined import may_join
+from nbhd.joined_operator import may_join_in_graph
 from nbhd.linear import Linear, is_plain, joins
 from nbhd.models.nat import joined_layers
 from nbhd.models.nat.configuration_nat import NatConfig
+from nbhd.models.nat.fused_attention import FusedNeighborhoodAttention
 from nbhd.own_parts import Kinds, OwnParts
 
 
@@ -151,15 +153,11 @@ class NeighborhoodAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        heads = (self.num_attention_heads, self.attention_head_size)
-        query = self.query(hidden_states).unflatten(-1, heads)
-        key = self.key(hidden_states).unflatten(-1, heads)
-        value = self.value(hidden_states).unflatten(-1, heads)
-
+        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         if not output_attentions and not (self.training and self.dropout.p > 0):
-            context = na2d(query, key, value, self.kernel_size, dilation=self.dilation, rel_pos_bias=self.rpb)
-            return context.flatten(-2), None
+            return self.attend(query, key, value), None
 
+        query, key, value = (self._by_heads(part) for part in (query, key, value))
         # The fused operator never holds the probabilities; to return them or to drop some takes the two halves.
         probabilities = attention_weights(
             query, key, self.kernel_size, dilation=self.dilation, rel_pos_bias=self.rpb
@@ -169,6 +167,15 @@ class NeighborhoodAttention(nn.Module):
         weights = returned.permute(0, 2, 3, 1, 4)
         context = apply_attention_weights(weights, value, self.kernel_size, dilation=self.dilation)
         return context.flatten(-2), returned if output_attentions else None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of the three projections, without dropout."""
+        query, key, value = (self._by_heads(part) for part in (query, key, value))
+        context = na2d(query, key, value, self.kernel_size, dilation=self.dilation, rel_pos_bias=self.rpb)
+        return context.flatten(-2)
+
+    def _by_heads(self, part: torch.Tensor) -> torch.Tensor:
+        return part.unflatten(-1, (self.num_attention_heads, self.attention_head_size))
 
 
 class NeighborhoodAttentionOutput(nn.Module):
@@ -284,6 +291,14 @@ class NatLayer(GradientCheckpointingLayer):
 
     def _runs_joined(self, hidden_states: torch.Tensor) -> bool:
         """Whether the layer is computed in a few calls: where that is faster, and nobody can tell."""
+        if makes_a_graph():
+            return (
+                may_join_in_graph(hidden_states)
+                and type(self) is NatLayer
+                and not any(name in self.__dict__ for name in _METHODS)
+                and (_PARTS.are_in(self) or _FUSED_PARTS.are_in(self))
+                and joined_layers.suits(self, hidden_states)
+            )
         return (
             may_join(hidden_states)  # the first of all: in graphs nothing of this is to be looked at
             and self._has_own_parts() is not None
@@ -324,6 +339,8 @@ class NatLayer(GradientCheckpointingLayer):
             return torch.add(hidden_states, plain_branch(hidden_states), alpha=factor) if joined is None else joined
 
         if type(self.drop_path) is NatDropPath and self.drop_path.may_drop():
+            if makes_a_graph():  # whose shapes do not depend on what is drawn
+                return hidden_states + self.drop_path(branch(hidden_states))
             return self._add_for_some(hidden_states, branch, added)
         return added(1.0)
 
@@ -415,16 +432,21 @@ class NatLayer(GradientCheckpointingLayer):
         return branch if self.layer_scale_parameters is None else self.layer_scale_parameters[row] * branch
 
 
+_AROUND: dict[str, tuple[type[nn.Module], ...]] = {
+    "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity, NatDropPath),
+    "attention": (NeighborhoodAttentionModule,), "attention.output": (NeighborhoodAttentionOutput,),
+    "attention.output.dense": (Linear,), "attention.output.dropout": (nn.Dropout, nn.Identity),
+    "intermediate": (NatIntermediate,), "intermediate.dense": (Linear,),
+    "intermediate.intermediate_act_fn": (GELUActivation,), "output": (NatOutput,), "output.dense": (Linear,),
+    "output.dropout": (nn.Dropout, nn.Identity),
+}  # fmt: skip
 #: The parts that a layer may have to be computed in a few calls.
 _PARTS = Kinds({
-    "layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,), "drop_path": (nn.Identity, NatDropPath),
-    "attention": (NeighborhoodAttentionModule,), "attention.self": (NeighborhoodAttention,),
-    "attention.self.query": (Linear,), "attention.self.key": (Linear,), "attention.self.value": (Linear,),
-    "attention.self.dropout": (nn.Dropout,), "attention.output": (NeighborhoodAttentionOutput,),
-    "attention.output.dense": (Linear,), "attention.output.dropout": (nn.Dropout,), "intermediate": (NatIntermediate,),
-    "intermediate.dense": (Linear,), "intermediate.intermediate_act_fn": (GELUActivation,), "output": (NatOutput,),
-    "output.dense": (Linear,), "output.dropout": (nn.Dropout,),
+    **_AROUND, "attention.self": (NeighborhoodAttention,), "attention.self.query": (Linear,),
+    "attention.self.key": (Linear,), "attention.self.value": (Linear,), "attention.self.dropout": (nn.Dropout,),
 })  # fmt: skip
+#: Those that it may have in graphs as well, made ready for inference.
+_FUSED_PARTS = Kinds({**_AROUND, "attention.self": (FusedNeighborhoodAttention,), "attention.self.qkv": (Linear,)})
 
 
 #: What it computes its branches with otherwise, as it is here.
