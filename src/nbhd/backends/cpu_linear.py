@@ -83,7 +83,8 @@ class Stale(Exception):
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the core makes products of where PyTorch's layers would make them in ``dtype``: of bfloat16, or of float32.
 
-    bfloat16 where the core takes instructions for it: on AMD's processors that have them.
+    bfloat16 where the core takes instructions for it: on AMD's processors that have them, or where ``NBHD_CPU_ISA``
+    says so.
     """
     is_paired = dtype == torch.bfloat16 and cpu.loaded_library().isa == "avx512bf16"
     return dtype if is_paired else torch.float32
