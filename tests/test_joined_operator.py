@@ -14,7 +14,7 @@ import nbhd
 from nbhd import joined_operator
 from nbhd.backends import cpu
 from nbhd.models import NatConfig, NatForImageClassification
-from nbhd.models.nat.layers import NatDropPath
+from nbhd.models.nat.layers import NatDropPath, NatIntermediate, NatLayer, NeighborhoodAttention
 from tests.test_joined import CASES, Case, compare
 
 pytestmark = [
@@ -172,7 +172,104 @@ def test_ready_for_inference() -> None:
     assert graphs == [CALLS]
 
 
-@pytest.mark.parametrize("what", ["hook", "subclass", "forward", "own method", "frozen", "autocast", "machine"])
+def test_second_derivatives() -> None:
+    """With a compiler that leaves the backward to autograd: a penalty on a gradient, as it is without a graph."""
+    model = network().train()
+    run, graphs = compiled(model)
+
+    def penalty(call: Callable, dtype: torch.dtype) -> list[Tensor]:
+        pixels = PIXELS.to(dtype, copy=True).requires_grad_()
+        loss = call(pixels).logits.square().sum()
+        (slope,) = torch.autograd.grad(loss, pixels, create_graph=True)
+        return list(torch.autograd.grad(slope.square().sum(), list(model.parameters()), allow_unused=True))
+
+    ours = penalty(run, torch.float32)
+    assert graphs == [CALLS]
+    for found, exact in zip(ours, penalty(model.double(), torch.float64), strict=True):
+        assert (found is None) is (exact is None)
+        if found is not None:
+            torch.testing.assert_close(found, exact.float(), rtol=1e-3, atol=1e-5 * float(exact.abs().max()) + 1e-9)
+
+
+def test_batches_of_gradients() -> None:
+    model = network().train()
+    run, graphs = compiled(model)
+    weight = model.nat.encoder.levels[0].layers[0].intermediate.dense.weight
+
+    def slopes(call: Callable) -> Tensor:
+        logits = call(PIXELS).logits
+        which = torch.eye(logits.numel()).view(-1, *logits.shape)
+        return torch.autograd.grad(logits, weight, which, is_grads_batched=True)[0]
+
+    torch.testing.assert_close(slopes(run), slopes(model), rtol=1e-3, atol=1e-7)
+    assert graphs == [CALLS]
+
+
+def test_dual_numbers_that_come_later() -> None:
+    """Another graph is made for them, and nothing loses a tangent."""
+    model = network().eval().requires_grad_(False)
+    run, graphs = compiled(model)
+    run(PIXELS)
+
+    def tangent(call: Callable) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            logits = call(torch.autograd.forward_ad.make_dual(PIXELS, PIXELS.sin())).logits
+            return torch.autograd.forward_ad.unpack_dual(logits).tangent
+
+    torch.testing.assert_close(tangent(run), tangent(model))
+    assert graphs == [CALLS, 0]
+
+
+class Other(nn.Parameter):
+    """As quantised and sharded weights are, which know linear() and not this."""
+
+
+def test_weights_of_other_classes() -> None:
+    model = network().eval().requires_grad_(False)
+    dense = model.nat.encoder.levels[0].layers[0].output.dense
+    dense.weight = Other(dense.weight.detach(), requires_grad=False)
+    run, graphs = compiled(model)
+    torch.testing.assert_close(run(PIXELS).logits, model(PIXELS).logits)
+    assert graphs == [CALLS - 1]
+
+
+def test_biases_may_change_before_the_backward() -> None:
+    model = network().train()
+    run, _ = compiled(model)
+    loss = run(PIXELS).logits.square().sum()
+    layer = model.nat.encoder.levels[0].layers[0]
+    with torch.no_grad():
+        for part in (layer.output.dense, layer.intermediate.dense, layer.attention.self.query):
+            part.bias.add_(1)
+    loss.backward()
+    with torch.no_grad():
+        layer.output.dense.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run_again = run(PIXELS).logits.sum()
+        with torch.no_grad():
+            layer.output.dense.weight.add_(1)
+        run_again.backward()
+
+
+@pytest.mark.parametrize("where", [NatIntermediate, NatLayer, NeighborhoodAttention], ids=lambda kind: kind.__name__)
+def test_functions_put_into_classes(where: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_mlp_branch" if where is NatLayer else "forward"
+    real = getattr(where, name)
+
+    def other(self: Any, *given: Any) -> Any:
+        made = real(self, *given)
+        return (made[0] * 2, made[1]) if isinstance(made, tuple) else made * 2
+
+    monkeypatch.setattr(where, name, other)
+    model = network().eval()
+    run, graphs = compiled(model)
+    torch.testing.assert_close(run(PIXELS).logits, model(PIXELS).logits)
+    assert graphs == [0]
+
+
+@pytest.mark.parametrize(
+    "what", ["hook", "subclass", "forward", "own method", "activation", "frozen", "autocast", "machine"]
+)
 def test_what_has_the_plain_layers(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network().eval()
     layer = model.nat.encoder.levels[0].layers[0]
@@ -185,6 +282,8 @@ def test_what_has_the_plain_layers(what: str, monkeypatch: pytest.MonkeyPatch) -
         layer.attention.self.query.forward = layer.attention.self.key.forward
     elif what == "own method":
         layer._mlp_branch = lambda x: x
+    elif what == "activation":
+        layer.intermediate.intermediate_act_fn.act = torch.nn.functional.relu
     elif what == "frozen":  # the MLP's second layer, for whose gradients less has to be kept
         layer.output.dense.requires_grad_(False)
         expected = CALLS - 1

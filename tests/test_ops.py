@@ -176,12 +176,16 @@ def test_torch_func_transforms():
         torch.testing.assert_close(one, torch.func.grad(lambda q: out(q).sum())(q))
 
 
-def test_forward_mode_differentiation():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_forward_mode_differentiation(compiled):
     _case, query, key, value, _ = arguments("1d", requires_grad=False)
     tangent = torch.randn_like(key)
+    torch._dynamo.reset()
+    attend = torch.compile(nbhd.na1d, backend="eager") if compiled else nbhd.na1d
+    attend(query, key, value, 3)  # and a graph of it is there
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(key, tangent)
-        derivative = torch.autograd.forward_ad.unpack_dual(nbhd.na1d(query, dual, value, 3)).tangent
+        derivative = torch.autograd.forward_ad.unpack_dual(attend(query, dual, value, 3)).tangent
     step = 1e-6
     numeric = (nbhd.na1d(query, key + step * tangent, value, 3) - nbhd.na1d(query, key - step * tangent, value, 3)) / (
         2 * step

@@ -362,7 +362,8 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 def _needs_plain_torch(*tensors: Tensor | None) -> bool:
     """Whether only ordinary operations will do: under ``torch.func``, in forward mode and in ``torch.jit.trace``."""
     if torch.compiler.is_compiling():
-        return False
+        # Dual numbers, whose tangents ops would lose: the compiler sees the level and makes another graph for it.
+        return torch.autograd.forward_ad._current_level >= 0
     if torch._C._get_tracing_state() is not None:  # it records no list of bools, which the ops have
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:

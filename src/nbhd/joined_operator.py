@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from nbhd._modes import is_transformed
@@ -30,12 +32,14 @@ _KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 def may_join_in_graph(input: Tensor) -> bool:
     """Whether `join_in_graph` may be called with ``input`` while a graph is made, and is faster on this machine.
 
-    That is: the graph is `torch.compile`'s, ``input`` is in the CPU's memory, and there is neither autocast nor
-    ``torch.func`` nor ``torch.backends.mkldnn.flags(enabled=False)``.
+    That is: the graph is `torch.compile`'s, ``input`` is in the CPU's memory, and there are neither autocast nor dual
+    numbers, nor, when the graph is made, ``torch.func`` or ``torch.backends.mkldnn.flags(enabled=False)``.
     """
     if torch.jit.is_tracing() or not _KNOWS_EXPORTS or torch.compiler.is_exporting():
         return False
     if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if forward_ad._current_level >= 0:  # here, where the compiler sees it and makes another graph when it changes
         return False
     return _is_faster_when_compiled(input.dtype, torch.is_grad_enabled())
 
@@ -66,6 +70,9 @@ def join_in_graph(
     for i, layer in enumerate(last):
         parameters[4 + 2 * i : 6 + 2 * i] = layer.weight, layer.bias
     present = [parameter for parameter in parameters if parameter is not None]
+    # others, quantised or sharded, know linear() but not this
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (input, *present)):
+        return None
     if any(parameter.dtype != input.dtype for parameter in present):
         return None
     learn = [parameter.requires_grad for parameter in present]
@@ -135,30 +142,47 @@ def _layers_fake(input: Tensor, residual: Tensor | None, *arguments: Any) -> tup
 
 def _layers_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     batch, _, *parameters, epsilon, factor, adds_input, _ = inputs
-    ctx.save_for_backward(batch, *parameters, *output[3:])
+    ctx.save_for_backward(batch, *parameters[:3], *parameters[4::2], *output[3:])
+    # Their values are not needed, and may change before the backward, as they may with PyTorch's layers.
+    ctx.biases = parameters[3::2]
     ctx.rest = epsilon, factor, adds_input
     ctx.set_materialize_grads(False)
 
 
 def _layers_autograd(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
     wants_input, wants_residual, *wants = ctx.needs_input_grad[:12]
+    d_last: Sequence[Any] = d_outputs[:3]
     options = (None,) * 4
-    if all(gradient is None for gradient in d_outputs[:3]):
+    if all(gradient is None for gradient in d_last):
         return (None,) * 12 + options
-    found = torch.ops.nbhd.layers_backward(*d_outputs[:3], *ctx.saved_tensors, *ctx.rest, [wants_input, *wants])
+    kept: list[Any] = list(ctx.saved_tensors)
+    batch, norm_weight, norm_bias, *weights, moments, sums = kept
+    pairs = (tensor for pair in zip(weights, ctx.biases, strict=True) for tensor in pair)
+    arguments = (batch, norm_weight, norm_bias, *pairs, moments, sums, *ctx.rest, [wants_input, *wants])
+    # Where grad is enabled the gradient itself is to be differentiated, which PyTorch's operators know how to.
+    if torch.is_grad_enabled() or any(g is not None and is_legacy_batchedtensor(g) for g in d_last):
+        found = _gradients(*d_last, *arguments, by_pytorch=True)
+    else:
+        found = torch.ops.nbhd.layers_backward(*d_last, *arguments)
     d_input, *d_parameters = (
         gradient if wanted else None for gradient, wanted in zip(found, (wants_input, *wants), strict=True)
     )
     return d_input, d_outputs[0] if wants_residual else None, *d_parameters, *options
 
 
-def _layers_backward(d_1: Any, d_2: Any, d_3: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _gradients(
+    d_1: Any, d_2: Any, d_3: Any, input: Tensor, *arguments: Any, by_pytorch: bool = False
+) -> list[Tensor | None]:
     *parameters, moments, sums, epsilon, factor, adds_input, wants = arguments
     call, given = _call(input, parameters, (epsilon, factor, adds_input))
     n_last = (len(given) - 4) // 2
     kept = Kept(input, moments if moments.numel() else None, sums if sums.numel() else None, tuple(given))
-    found = gradients(call, kept, (d_1, d_2, d_3)[:n_last], wants[: 1 + len(given)])
-    found += [None] * (len(parameters) + 1 - len(found))
+    found = gradients(call, kept, (d_1, d_2, d_3)[:n_last], wants[: 1 + len(given)], by_pytorch)
+    return found + [None] * (len(parameters) + 1 - len(found))
+
+
+def _layers_backward(d_1: Any, d_2: Any, d_3: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    found = _gradients(d_1, d_2, d_3, input, *arguments)
     return tuple(input.new_empty(0) if gradient is None else gradient.contiguous() for gradient in found)
 
 

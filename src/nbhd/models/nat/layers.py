@@ -295,8 +295,10 @@ class NatLayer(GradientCheckpointingLayer):
             return (
                 may_join_in_graph(hidden_states)
                 and type(self) is NatLayer
+                and _classes_are_as_they_were()
                 and not any(name in self.__dict__ for name in _METHODS)
                 and (_PARTS.are_in(self) or _FUSED_PARTS.are_in(self))
+                and has_exact_gelu(self.intermediate)
                 and joined_layers.suits(self, hidden_states)
             )
         return (
@@ -308,8 +310,7 @@ class NatLayer(GradientCheckpointingLayer):
 
     def _has_own_parts(self) -> object | None:
         """None if the layer has not its own parts and methods (`nbhd.own_parts`); the same object while it has."""
-        kind = type(self)
-        if any(getattr(kind, n) is not m for n, m in _METHODS.items()) or not _METHODS.keys().isdisjoint(self.__dict__):
+        if not _has_methods(type(self)) or not _METHODS.keys().isdisjoint(self.__dict__):
             return None
         if self._own_parts is None:
             self._own_parts = OwnParts(self._kinds_of_parts())
@@ -329,7 +330,7 @@ class NatLayer(GradientCheckpointingLayer):
         """``hidden_states + drop_path(branch(hidden_states))``, the branch joined, or plain where it cannot be."""
 
         def branch(some: torch.Tensor) -> torch.Tensor:
-            joined = joined_branch(self, some, None) if len(some) else None
+            joined = joined_branch(self, some, None) if makes_a_graph() or len(some) else None
             return plain_branch(some) if joined is None else self._scale(joined, row)
 
         def added(factor: float) -> torch.Tensor:
@@ -454,6 +455,19 @@ _METHODS = {
     name: getattr(NatLayer, name)
     for name in ("_add", "_add_for_some", "_attend", "_attention_branch", "_mlp_branch", "_scale")
 }
+
+
+def _has_methods(kind: type[nn.Module]) -> bool:
+    return all(getattr(kind, name) is method for name, method in _METHODS.items())
+
+
+def _classes_are_as_they_were() -> bool:
+    """Whether nobody has put other functions into the classes of a layer and its parts."""
+    return _has_methods(NatLayer) and _PARTS.are_as_they_were() and _FUSED_PARTS.are_as_they_were()
+
+
+# torch.compiler.assume_constant_result, which would import the compiler: it is called and not looked into.
+_classes_are_as_they_were._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class NatStage(nn.Module):
