@@ -70,11 +70,10 @@ def join_in_graph(
     for i, layer in enumerate(last):
         parameters[4 + 2 * i : 6 + 2 * i] = layer.weight, layer.bias
     present = [parameter for parameter in parameters if parameter is not None]
-    # others, quantised or sharded, know linear() but not this
-    if any(type(t) not in (Tensor, nn.Parameter) for t in (input, *present)):
-        return None
-    if any(parameter.dtype != input.dtype for parameter in present):
-        return None
+    for tensor in (input, *present) if residual is None else (input, residual, *present):
+        # others, quantised or sharded, know linear() but not this
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != input.dtype:
+            return None
     learn = [parameter.requires_grad for parameter in present]
     learns = torch.is_grad_enabled() and (
         any(learn) or input.requires_grad or (residual is not None and residual.requires_grad)
@@ -98,6 +97,7 @@ def _call(input: Tensor, parameters: Sequence[Tensor | None], rest: Sequence[Any
 
 
 def _layers(input: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """The outputs, what the norm and GELU keep for the backward, and in the places of what is not there nothing."""
     *parameters, epsilon, factor, adds_input, keeps = arguments
     call, given = _call(input, parameters, (epsilon, factor, adds_input))
     batch, residual = input.contiguous(), None if residual is None else residual.contiguous()
@@ -173,6 +173,7 @@ def _layers_autograd(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
 def _gradients(
     d_1: Any, d_2: Any, d_3: Any, input: Tensor, *arguments: Any, by_pytorch: bool = False
 ) -> list[Tensor | None]:
+    """Of the input and all parameters, those that are wanted."""
     *parameters, moments, sums, epsilon, factor, adds_input, wants = arguments
     call, given = _call(input, parameters, (epsilon, factor, adds_input))
     n_last = (len(given) - 4) // 2
