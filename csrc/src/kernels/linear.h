@@ -46,8 +46,8 @@ static void linear_block(LinearJob &job, int64_t block, int64_t group, bool goes
     const int64_t row = block * job.blocks.rows, rows = job.blocks.rows_of(block, l.rows);
     const bool has_hidden = l.hidden.out > 0, takes_hidden = job.stage == Stage::last && has_hidden,
                is_mlp = job.stage == Stage::whole && has_hidden, is_hidden = job.stage == Stage::hidden;
-    constexpr int64_t step =
-        depth * numbers_of_word; // numbers of the hidden layer that are made before the last one takes them
+    // numbers of the hidden layer that are made before the last one takes them
+    constexpr int64_t step = depth * numbers_of_word;
     Output rooms[n_rooms] = {};
     if (!takes_hidden) rooms[input_room].stride = padded(l.in);
     if (is_mlp) rooms[hidden_room].stride = padded(depth);
