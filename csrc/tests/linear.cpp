@@ -214,15 +214,15 @@ void halves() {
         // Each of the 65,536 numbers through a layer that does nothing: as it was, and NaN as NaN.
         std::vector<uint16_t> input(65536), output(65536);
         for (size_t i = 0; i < input.size(); i++) input[i] = uint16_t(i);
-        uint16_t one;
-        put(&one, dtype, 1);
+        uint16_t one[4]; // room for any dtype, as far as a compiler can tell
+        put(one, dtype, 1);
         for (int packed : {0, 1}) {
             float panel[NBHD_PANEL] = {1};
             nbhd_linear_call c{};
             c.size = sizeof c, c.dtype = c.parameter_dtype = dtype, c.rows = 65536,
             c.in = c.input_stride = c.output_stride[0] = 1;
             c.input = input.data(), c.output[0] = output.data(), c.threads = 2;
-            c.last[0] = {1, packed ? panel : nullptr, &one, nullptr};
+            c.last[0] = {1, packed ? panel : nullptr, one, nullptr};
             int32_t status = nbhd_linear(&c);
             for (size_t i = 0; i < input.size() && !status; i++) {
                 const double x = get(&input[i], dtype), y = get(&output[i], dtype);
