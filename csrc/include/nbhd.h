@@ -109,7 +109,8 @@ typedef struct nbhd_weight {
 /* Linear layers over rows, and what stands around them in a transformer. Rows are of `dtype` and what is learned is of
  * `parameter_dtype`, each of them float32, bfloat16 or float16. It is computed in float32 and rounded where it is written; with
  * bfloat16 for `product_dtype` what a layer multiplies, its input and its weight, is rounded to that before, and the products are
- * exact; bfloat16 numbers below a float's smallest normal one are nothing then. Columns are contiguous; outputs share no memory with anything else. */
+ * exact; bfloat16 numbers below a float's smallest normal one are nothing then. Columns are contiguous; outputs share no memory
+ * with anything else. */
 typedef struct nbhd_linear_call {
     int64_t size; /* sizeof(nbhd_linear_call) of the caller */
     int64_t dtype, parameter_dtype;

@@ -11,6 +11,15 @@ def makes_a_graph() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+# TODO: drop when torch 2.6 is no longer supported, which cannot tell that a graph is exported
+_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+
+
+def makes_a_graph_for_this_machine() -> bool:
+    """Whether the graph that is made is `torch.compile`'s, for this machine, which may have operators of ours."""
+    return not torch.jit.is_tracing() and _KNOWS_EXPORTS and not torch.compiler.is_exporting()
+
+
 def is_transformed() -> bool:
     """Whether ``torch.func`` or dual numbers are at work, which ask for rules that some operators do not have."""
     in_function = torch._C._functorch.peek_interpreter_stack() is not None

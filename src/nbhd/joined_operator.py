@@ -17,16 +17,13 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from nbhd._modes import is_transformed
+from nbhd._modes import is_transformed, makes_a_graph_for_this_machine
 from nbhd.backends import cpu
 from nbhd.backends.cpu_linear import Layer, Norm, is_dense
 from nbhd.joined import Call, Kept, gradients, joined_layers_are_faster
 
 #: Tensors that a call gives: the outputs of up to three layers, and what the backward wants besides.
 _OUTPUTS = 5
-
-# TODO: drop when torch 2.6 is no longer supported, which cannot tell that a graph is exported
-_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 
 
 def may_join_in_graph(input: Tensor) -> bool:
@@ -35,7 +32,7 @@ def may_join_in_graph(input: Tensor) -> bool:
     That is: the graph is `torch.compile`'s, ``input`` is in the CPU's memory, and there are neither autocast nor dual
     numbers, nor, when the graph is made, ``torch.func`` or ``torch.backends.mkldnn.flags(enabled=False)``.
     """
-    if torch.jit.is_tracing() or not _KNOWS_EXPORTS or torch.compiler.is_exporting():
+    if not makes_a_graph_for_this_machine():
         return False
     if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nbhd._modes import is_transformed, makes_a_graph
+from nbhd._modes import is_transformed, makes_a_graph, makes_a_graph_for_this_machine
 from nbhd._processor import features, is_zen_4, maker
 from nbhd.sixteen_bits import dtype_of_products, is_slow
 
@@ -261,15 +261,9 @@ def _pays(input: Tensor, weight: Tensor, times_the_work: int, fewest_rows: int =
     return enough_rows and input.numel() * weight.shape[0] >= times_the_work * smallest_work()
 
 
-# TODO: drop when torch 2.6 is no longer supported, which cannot tell that a graph is exported
-_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
-
-
 def _graph_takes_operator(input: Tensor, weight: Tensor) -> bool:
     """Whether the graph is `torch.compile`'s, for this machine, and the layer may be one that oneDNN is faster for."""
-    if torch.jit.is_tracing() or not _KNOWS_EXPORTS or torch.compiler.is_exporting():
-        return False
-    return _suits(input, weight) and _mkl_is_slow_when_compiled()
+    return makes_a_graph_for_this_machine() and _suits(input, weight) and _mkl_is_slow_when_compiled()
 
 
 def _mkl_is_slow_when_compiled() -> bool:

@@ -112,14 +112,13 @@ static bool linear_of_few_rows(const LinearLayers &l, const Threads &threads) {
     FewRowsJob job{&l, {}, nullptr, nullptr, 0, l.in, {}, {l.rows, l.in}, {}, false};
     const int64_t in_stride = padded(l.in), between_stride = padded(words(l.hidden.out));
     const RowsOf<T> as_they_lie = rows_of<T>(l.input, 0);
-    const bool lie_well =
-        !l.norm.is_there && are_words(as_they_lie, l.in) && l.input.stride % (alias * numbers_of_word);
+    const bool lie_well = !l.norm.is_there && are_words(as_they_lie, l.in) && as_words(as_they_lie).stride % alias;
     const int64_t of_inputs = lie_well ? 0 : l.rows * in_stride, of_hidden = l.hidden.out ? l.rows * between_stride : 0;
     float *const memory =
         of_inputs + of_hidden ? (float *)allocate((of_inputs + of_hidden) * int64_t(sizeof(float))) : nullptr;
     if (of_inputs + of_hidden && !memory) return false;
     if (lie_well) {
-        job.a = {(const float *)as_they_lie.data, as_they_lie.stride / numbers_of_word};
+        job.a = as_words(as_they_lie);
     } else {
         job.room = memory, job.a = {memory, in_stride};
         run_tasks(threads, job.blocks.count, few_inputs_task<T>, &job);

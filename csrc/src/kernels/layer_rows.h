@@ -23,8 +23,7 @@ template <class T>
 static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_moments, float *room) {
     const RowsOf<T> as_they_lie = rows_of<T>(l.input, row);
     const Output made{room, padded(l.in)};
-    if (!l.norm.is_there && are_words(as_they_lie, l.in))
-        return apart({(const float *)as_they_lie.data, as_they_lie.stride / numbers_of_word}, rows, words(l.in), room);
+    if (!l.norm.is_there && are_words(as_they_lie, l.in)) return apart(as_words(as_they_lie), rows, words(l.in), room);
     Rows x{made.data, made.stride};
     if constexpr (is_float<T>) x = as_they_lie;
     if (!is_float<T> || !l.norm.is_there) widen(as_they_lie, rows, l.in, made.data, made.stride);

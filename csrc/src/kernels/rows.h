@@ -55,6 +55,10 @@ NBHD_INLINE bool are_words(RowsOf<T> a, int64_t columns) {
     if constexpr (!pairs) return is_float<T>;
     return is_bfloat16<T> && !(columns % 2) && !(a.stride % 2) && !((uintptr_t)a.data % sizeof(float));
 }
+template <class T>
+NBHD_INLINE Rows as_words(RowsOf<T> a) {
+    return {(const float *)a.data, a.stride / numbers_of_word};
+}
 
 // The numbers of each row of floats, where they lie, become words.
 static void become_words([[maybe_unused]] Output a, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t columns) {
