@@ -8,6 +8,7 @@ import math
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +351,42 @@ def test_the_tables_in_the_readme_are_those_of_the_committed_json():
         return
     run = json.loads((ROOT / named[1]).read_text(encoding="utf-8"))
     assert inside == readme.tables(run, Path(named[1]))
+
+
+def test_the_other_processors_in_the_readme_are_those_of_the_committed_json():
+    """Rates and ratios of networks: medians, ratios those of the same round."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {cells[0]: cells[1:] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 3}
+    networks, epyc, xeon = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in re.findall(r"\(benchmarks/results/([^)]*2026-11-30[^)]*)\.json\)", text)
+    )
+
+    def cell(measured, case, base, peers, what):
+        result = next(result for result in measured["results"] if result["name"] == f"models/tiny-224-{case}")
+        samples = {name: found[what] for name, found in result["samples"]["2"]["subjects"].items() if what in found}
+        rate = result["units"][base] / statistics.median(filter(None, samples[base]))
+        rounds = [zip(samples[base], samples[peer], strict=True) for peer in peers]
+        ratios = [statistics.median(theirs / ours for ours, theirs in pairs if ours and theirs) for pairs in rounds]
+        return f"{rate:.1f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+
+    both, checked = ("swin-tiny", "convnext-tiny"), 0
+    for name, case, base, what in (
+        ("NAT-Tiny, inference", "b8", "nat-tiny", "inference"),
+        ("made ready by `nbhd.optimize_for_inference`", "b8", "nat-tiny-optimized", "inference"),
+        ("a training step", "b8", "nat-tiny", "training_step"),
+        ("one image at a time, inference", "b1", "nat-tiny", "inference"),
+        ("the same, made ready", "b1", "nat-tiny-optimized", "inference"),
+        ("the same, a training step", "b1", "nat-tiny", "training_step"),
+    ):
+        for written, measured in zip(rows[name], (networks, xeon), strict=True):
+            assert written == cell(measured, case, base, both, what) + ")", name
+            checked += 1
+    of_swin = ("swin-tiny-bfloat16",)
+    for written, measured in zip(rows["bfloat16, inference"], (epyc, xeon), strict=True):
+        assert written.startswith(cell(measured, "b8-bfloat16", "nat-tiny-bfloat16", of_swin, "inference") + " times")
+        checked += 1
+    assert checked == 14
 
 
 def test_the_list_has_every_case_and_its_peers():
