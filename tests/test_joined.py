@@ -534,7 +534,9 @@ def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         ("AuthenticAMD", True, "AVX512", "avx512bf16", {float32, bfloat16, float16}, {float32, float16}),
         ("AuthenticAMD", True, "AVX512", "avx512", {float32, float16}, {float32, float16}),
         ("AuthenticAMD", False, "AVX512", "avx512bf16", {float16}, {float16}),
-        ("AuthenticAMD", False, "AVX2", "avx2", {float16}, {float16}),
+        ("AuthenticAMD", False, "AVX2", "avx2", {float32, float16}, {float32, float16}),
+        ("GenuineIntel", False, "AVX2", "avx2", {float32, float16}, {float16}),
+        (None, False, "AVX2", "avx2", {float16}, {float16}),
         (None, False, "AVX512", "avx512", {float16}, {float16}),
         ("GenuineIntel", False, "DEFAULT", "baseline", set(), set()), (None, False, "NEON", "neon", set(), set()),
     ):  # fmt: skip

@@ -36,21 +36,22 @@ FEWEST_ROWS = 32
 def joined_layers_are_faster(dtype: torch.dtype, with_gradients: bool) -> bool:
     """Whether `join` beats PyTorch's layers on this CPU, which compute in ``dtype``.
 
-    In float32 that is true on Intel's processors with AVX-512 and on AMD's Zen 4; elsewhere it is not yet measured.
-    With AVX2 alone inference gains and training does not. In 16 bits it is true where PyTorch's own are slow
-    (`nbhd.sixteen_bits.are_slow`), and on Zen 4 in bfloat16 without gradients, whose products the core has in float32
-    only.
+    In float32 that is true on Intel's processors with AVX-512 and on AMD's Zen 4, and with AVX2 on AMD's processors
+    and without gradients on Intel's, which were measured with their instructions limited to it; elsewhere it is not yet
+    measured. In 16 bits it is true where PyTorch's own are slow (`nbhd.sixteen_bits.are_slow`), and on Zen 4 in
+    bfloat16 without gradients, whose products the core has in float32 only.
     """
     if cpu.why_unusable() is not None or not cpu.loaded_library().isa.startswith("avx"):
         return False
     if dtype != torch.float32:
         is_paired = is_zen_4() and cpu_linear.product_dtype(dtype) == dtype
         return are_slow(dtype) or (is_paired and not with_gradients)
-    return (
-        cpu.loaded_library().isa.startswith("avx512")
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and (maker() == "GenuineIntel" or is_zen_4())
-    )
+    ours, pytorchs = cpu.loaded_library().isa.startswith("avx512"), torch.backends.cpu.get_cpu_capability()
+    if ours and pytorchs == "AVX512":
+        return maker() == "GenuineIntel" or is_zen_4()
+    if not ours and pytorchs == "AVX2":
+        return maker() == "AuthenticAMD" or (maker() == "GenuineIntel" and not with_gradients)
+    return False
 
 
 #: As they were when this was imported: who has put something else in their place wants to see what they are given.
