@@ -531,7 +531,7 @@ def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         ("GenuineIntel", False, "AVX512", "avx512", {float32, float16}, {float32, float16}),
         ("GenuineIntel", False, "AVX512", "avx2", {float16}, {float16}),
         ("GenuineIntel", False, "AVX2", "avx512", {float16}, {float16}),
-        ("AuthenticAMD", True, "AVX512", "avx512bf16", {float32, bfloat16, float16}, {float32, float16}),
+        ("AuthenticAMD", True, "AVX512", "avx512bf16", {float32, bfloat16, float16}, {float32, bfloat16, float16}),
         ("AuthenticAMD", True, "AVX512", "avx512", {float32, float16}, {float32, float16}),
         ("AuthenticAMD", False, "AVX512", "avx512bf16", {float16}, {float16}),
         ("AuthenticAMD", False, "AVX2", "avx2", {float32, float16}, {float32, float16}),

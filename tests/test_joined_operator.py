@@ -294,7 +294,10 @@ def test_what_has_the_plain_layers(what: str, monkeypatch: pytest.MonkeyPatch) -
         expected = 0
     run, graphs = compiled(model)
     with context():
-        torch.testing.assert_close(run(PIXELS).logits, model(PIXELS).logits)
+        got, wanted = run(PIXELS).logits, model(PIXELS).logits
+        # in bfloat16 they are those of the core, of the graph those of PyTorch's layers
+        tolerance = {"rtol": 0.0, "atol": 0.02 * wanted.abs().max().item()} if what == "autocast" else {}
+        torch.testing.assert_close(got, wanted, **tolerance)
     assert graphs == [expected]
 
 

@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NBHD_ABI_VERSION 6
+#define NBHD_ABI_VERSION 7
 
 enum {
     NBHD_OK = 0,
@@ -142,22 +142,25 @@ typedef struct nbhd_linear_call {
 /* output = residual + scale * gelu(last(gelu(hidden(norm(input))))), with those parts that are there. */
 NBHD_API int32_t nbhd_linear(const nbhd_linear_call *call);
 
-/* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense, and all of them float32. Of a weight it is
- * `source` that is read. What is asked of parts that are not there is not written. */
+/* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense. The input and gradients of
+ * input and outputs are of `dtype`, everything else is float32. Of a weight it is `source` that is read. What is asked of parts that are not there is not written. With bfloat16 for `product_dtype` what is
+ * multiplied is rounded to that before: gradients of outputs (times the factor where they are multiplied by what a layer takes) and
+ * of the hidden layer, what a layer takes, and weights (times the factor where that is not 1). */
 typedef struct nbhd_linear_gradients_call {
-    int64_t size; /* sizeof(nbhd_linear_gradients_call) of the caller */
+    int64_t size;                 /* sizeof(nbhd_linear_gradients_call) of the caller */
+    int64_t dtype, product_dtype; /* as of nbhd_linear_call */
     int64_t rows, in;
-    const float *input; /* [rows][in] */
+    const void *input; /* [rows][in] */
     int64_t norm;
     const float *norm_weight, *norm_bias;
     nbhd_weight hidden;
     nbhd_weight last[NBHD_LAYERS];
     const float *moments, *sums; /* as nbhd_linear wrote them */
     double factor;
-    const float *d_output[NBHD_LAYERS]; /* [rows][out] of each */
-    const float *added;                 /* [rows][in], added to d_input; or null */
+    const void *d_output[NBHD_LAYERS]; /* [rows][out] of each */
+    const void *added;                 /* [rows][in], added to d_input; or null */
     /* what is wanted, each like what it is the gradient of; null: not this one */
-    float *d_input;
+    void *d_input;
     float *d_norm_weight, *d_norm_bias;
     float *d_hidden_weight, *d_hidden_bias;
     float *d_weight[NBHD_LAYERS], *d_bias[NBHD_LAYERS];

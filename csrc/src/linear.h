@@ -61,24 +61,26 @@ struct LinearLayers {
 
 // Gradients of output = factor * last(gelu(hidden(norm(input)))). Those that are null are not wanted.
 struct LinearGradients {
+    Dtype dtype; // not float64
     int64_t rows, in;
-    const float *input;
+    const void *input; // of dtype; so are d_output, added and d_input
     Norm norm;
     Weight hidden;
     Weight last[most_layers];
     int n_last;
     const float *moments, *sums;
     float factor;
-    const float *d_output[most_layers];
-    const float *added; // to d_input; or null
-    float *d_input, *d_norm_weight, *d_norm_bias, *d_hidden_weight, *d_hidden_bias;
+    const void *d_output[most_layers];
+    const void *added; // to d_input; or null
+    void *d_input;
+    float *d_norm_weight, *d_norm_bias, *d_hidden_weight, *d_hidden_bias;
     float *d_weight[most_layers], *d_bias[most_layers];
 };
 
 // They return false when memory ran out.
 struct LinearKernels {
     bool (*layers)(const LinearLayers &, const Threads &);
-    bool (*gradients)(const LinearGradients &, const Threads &); // or null: others have them
+    bool (*gradients)(const LinearGradients &, const Threads &);
 };
 
 } // namespace nbhd

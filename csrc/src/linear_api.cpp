@@ -138,6 +138,12 @@ class Vectors {
     int made = 0;
 };
 
+// Those of this machine that make products of it, if it has any.
+const LinearKernels *kernels_of(int64_t product_dtype) {
+    const InstructionSet *set = instruction_set();
+    return !set ? nullptr : product_dtype == NBHD_BFLOAT16 ? set->linear_of_pairs : set->linear;
+}
+
 Elements elements(const void *data, int64_t stride) { return {const_cast<void *>(data), stride}; }
 
 Threads threads_of(nbhd_parallel_for parallel_for, int64_t threads) {
@@ -151,11 +157,9 @@ int32_t run(const nbhd_linear_call *call) {
     for (int64_t d : {c.dtype, c.parameter_dtype})
         if (d < NBHD_FLOAT32 || d > NBHD_FLOAT16) return NBHD_BAD_DTYPE;
     if (c.product_dtype != NBHD_FLOAT32 && c.product_dtype != NBHD_BFLOAT16) return NBHD_BAD_DTYPE;
-    const InstructionSet *set = instruction_set();
-    if (!set) return NBHD_UNSUPPORTED;
-    const Products products{static_cast<Dtype>(c.product_dtype)};
-    const LinearKernels *kernels = products.dtype == Dtype::bfloat16 ? set->linear_of_pairs : set->linear;
+    const LinearKernels *kernels = kernels_of(c.product_dtype);
     if (!kernels) return NBHD_UNSUPPORTED;
+    const Products products{static_cast<Dtype>(c.product_dtype)};
     const Dtype dtype = static_cast<Dtype>(c.dtype), parameter_dtype = static_cast<Dtype>(c.parameter_dtype);
     if (c.gelu < 0 || c.gelu > 1) return NBHD_UNSUPPORTED;
     if (c.norm && !(c.norm_epsilon >= 0 && c.norm_epsilon - c.norm_epsilon == 0)) return NBHD_BAD_SHAPE;
@@ -196,29 +200,32 @@ int32_t run(const nbhd_linear_gradients_call *call) {
     if (const int32_t status = check_size(call, sizeof(nbhd_linear_gradients_call))) return status;
     const nbhd_linear_gradients_call &c = *call;
     int n_last;
-    if (const int32_t status = check_layers(c, Dtype::float32, {Dtype::float32}, n_last)) return status;
+    if (c.dtype < NBHD_FLOAT32 || c.dtype > NBHD_FLOAT16) return NBHD_BAD_DTYPE;
+    if (c.product_dtype != NBHD_FLOAT32 && c.product_dtype != NBHD_BFLOAT16) return NBHD_BAD_DTYPE;
+    const Dtype dtype = static_cast<Dtype>(c.dtype);
+    const LinearKernels *kernels = kernels_of(c.product_dtype);
+    if (!kernels) return NBHD_UNSUPPORTED;
+    const Products products{static_cast<Dtype>(c.product_dtype)};
+    if (const int32_t status = check_layers(c, Dtype::float32, products, n_last)) return status;
     const float factor = float(c.factor);
     if (factor - factor != 0) return NBHD_UNSUPPORTED; // not a number, or none of a float's
     if (!rows_fit(c.rows, c.in, c.in)) return NBHD_BAD_SHAPE;
     const auto lacks_source = [](const nbhd_weight &w) { return w.out && !w.source; };
-    if (lacks_source(c.hidden) || !is_aligned(c.input) || (c.norm && !is_aligned(c.moments)) ||
+    if (lacks_source(c.hidden) || !is_aligned(c.input, dtype) || (c.norm && !is_aligned(c.moments)) ||
         (c.hidden.out && !is_aligned(c.sums)))
         return NBHD_BAD_POINTER;
-    for (const float *p : {c.added, static_cast<const float *>(c.d_input), static_cast<const float *>(c.d_norm_weight),
-                           static_cast<const float *>(c.d_norm_bias), static_cast<const float *>(c.d_hidden_weight),
-                           static_cast<const float *>(c.d_hidden_bias)})
+    if (!is_aligned_or_null(c.added, dtype) || !is_aligned_or_null(c.d_input, dtype)) return NBHD_BAD_POINTER;
+    for (const float *p : {c.d_norm_weight, c.d_norm_bias, c.d_hidden_weight, c.d_hidden_bias})
         if (!is_aligned_or_null(p)) return NBHD_BAD_POINTER;
     for (int i = 0; i < n_last; i++) {
         if (!rows_fit(c.rows, c.last[i].out, c.last[i].out)) return NBHD_BAD_SHAPE;
-        if (lacks_source(c.last[i]) || !is_aligned(c.d_output[i]) || !is_aligned_or_null(c.d_weight[i]) ||
+        if (lacks_source(c.last[i]) || !is_aligned(c.d_output[i], dtype) || !is_aligned_or_null(c.d_weight[i]) ||
             !is_aligned_or_null(c.d_bias[i]))
             return NBHD_BAD_POINTER;
     }
-    const InstructionSet *set = instruction_set();
-    if (!set) return NBHD_UNSUPPORTED;
     if (!c.rows) return NBHD_BAD_SHAPE; // sums over nothing are the caller's
     LinearGradients g{};
-    g.rows = c.rows, g.in = c.in, g.input = c.input;
+    g.dtype = dtype, g.rows = c.rows, g.in = c.in, g.input = c.input;
     Vectors vectors(Dtype::float32); // nothing to make
     g.norm = {c.norm == 1, c.norm_weight, c.norm_bias};
     g.hidden = vectors.weight(c.hidden), g.n_last = n_last, g.factor = factor;
@@ -229,8 +236,8 @@ int32_t run(const nbhd_linear_gradients_call *call) {
         g.last[i] = vectors.weight(c.last[i]), g.d_output[i] = c.d_output[i];
         g.d_weight[i] = c.d_weight[i], g.d_bias[i] = c.d_bias[i];
     }
-    if (c.d_input) will_fill(c.d_input, c.rows * c.in * int64_t(sizeof(float)));
-    return set->linear->gradients(g, threads_of(c.parallel_for, c.threads)) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
+    if (c.d_input) will_fill(c.d_input, c.rows * c.in * size_of(dtype));
+    return kernels->gradients(g, threads_of(c.parallel_for, c.threads)) ? NBHD_OK : NBHD_OUT_OF_MEMORY;
 }
 
 } // namespace

@@ -18,6 +18,7 @@ namespace layers {
 
 using Random = std::mt19937_64;
 using Floats = std::vector<float>; // exactly as large as what it is: what lies beyond is the sanitizer's to find
+using Halves = std::vector<uint16_t>;
 
 inline int64_t between(Random &random, int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(random);
@@ -31,6 +32,20 @@ inline Floats normal(Random &random, int64_t n, double size = 1) {
 inline const float *or_null(const Floats &x) { return x.empty() ? nullptr : x.data(); }
 inline bool is_untouched(const Floats &x) {
     return std::all_of(x.begin(), x.end(), [](float v) { return v != v; });
+}
+
+// Whether products of bfloat16 are to be had.
+inline bool has_pairs() { return !strcmp(nbhd_isa(), "avx512bf16"); }
+
+// What writing it in that dtype does to a number.
+inline double rounding(int64_t dtype) { return dtype == NBHD_BFLOAT16 ? 0x1p-8 : dtype == NBHD_FLOAT16 ? 0x1p-11 : 0; }
+// The numbers in that dtype, which `x` has afterwards; null if it has none. Those of 16 bits are in `halves`.
+inline const void *given(Floats &x, int64_t dtype, std::vector<Halves> &halves) {
+    if (x.empty()) return nullptr;
+    if (dtype == NBHD_FLOAT32) return x.data();
+    Halves &h = halves.emplace_back(x.size());
+    for (size_t i = 0; i < x.size(); i++) put(&h[i], dtype, x[i]), x[i] = float(get(&h[i], dtype));
+    return h.data();
 }
 
 constexpr double epsilon = 1e-5;
@@ -99,7 +114,7 @@ inline Shape draw(Random &random) {
     const int64_t has_hidden = between(random, 0, 1), n_last = has_hidden ? 1 : between(random, 1, NBHD_LAYERS);
     const auto width = [&] {
         const int64_t what = between(random, 0, 19);
-        return what ? between(random, 1, what < 3 ? 600 : 90) : 1024;
+        return what ? between(random, 1, what < 3 ? 600 : 90) : 1024 * between(random, 1, 2);
     };
     do {
         s.in = width(), s.hidden = has_hidden ? width() : 0;

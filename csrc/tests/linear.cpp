@@ -9,10 +9,6 @@ namespace {
 
 using namespace layers;
 
-using Halves = std::vector<uint16_t>;
-
-bool has_pairs() { return !strcmp(nbhd_isa(), "avx512bf16"); }
-
 struct Case : Network {
     int64_t input_stride = 0, residual_stride = 0;
     Floats input, scale, residual, output[NBHD_LAYERS], moments, sums;
@@ -57,19 +53,12 @@ struct Case : Network {
     // What is left of the numbers in these types is what the truth is made of.
     void round_to(int64_t dtype, int64_t parameter_dtype) {
         call.dtype = dtype, call.parameter_dtype = parameter_dtype;
-        const auto rounded = [&](Floats &x, int64_t to) -> const void * {
-            if (x.empty()) return nullptr;
-            if (to == NBHD_FLOAT32) return x.data();
-            Halves &h = halves.emplace_back(x.size());
-            for (size_t i = 0; i < x.size(); i++) put(&h[i], to, x[i]), x[i] = float(get(&h[i], to));
-            return h.data();
-        };
-        const auto learned = [&](Floats &x) { return rounded(x, parameter_dtype); };
+        const auto learned = [&](Floats &x) { return given(x, parameter_dtype, halves); };
         const auto layer = [&](Layer &of, nbhd_weight &w) {
             w.source = learned(of.weight), w.bias = learned(of.bias);
             learned(of.panels); // which are floats all the same
         };
-        call.input = rounded(input, dtype), call.residual = rounded(residual, dtype);
+        call.input = given(input, dtype, halves), call.residual = given(residual, dtype, halves);
         call.norm_weight = learned(norm_weight), call.norm_bias = learned(norm_bias);
         layer(hidden, call.hidden);
         for (int i = 0; i < n_last(); i++) {
@@ -108,7 +97,7 @@ struct Case : Network {
         for (Halves &x : half_output) std::fill(x.begin(), x.end(), uint16_t(0xffff)); // NaN of both
     }
     // Of what a row's numbers are rounded to when they are written.
-    double rounding() const { return call.dtype == NBHD_BFLOAT16 ? 0x1p-8 : call.dtype == NBHD_FLOAT16 ? 0x1p-11 : 0; }
+    double rounding() const { return layers::rounding(call.dtype); }
     // What a layer multiplies may be at the middle between two numbers of the products' dtype and fall to either side, where it
     // is computed: all of the others are the same.
     double tolerance() const {

@@ -5,8 +5,8 @@ PyTorch's layers keep the norm's output and GELU's too. In the backward the grad
 weights are one call as well. Weights are packed at each call, which is a small part of it from a few dozen rows on; for
 inference `nbhd.packed` keeps them packed.
 
-In 16 bits, of the tensors or of autocast, the core computes in float32 and rounds what it returns; products are made in
-bfloat16 where it has instructions for that (`nbhd.backends.cpu_linear.product_dtype`), but never those of gradients.
+In 16 bits, of the tensors or of autocast, the core computes in float32 and rounds what it returns; products, those of
+gradients too, are made in bfloat16 where it has instructions for that (`nbhd.backends.cpu_linear.product_dtype`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def joined_layers_are_faster(dtype: torch.dtype, with_gradients: bool) -> bool:
     In float32 that is true on Intel's processors with AVX-512 and on AMD's Zen 4, and with AVX2 on AMD's processors
     and without gradients on Intel's, which were measured with their instructions limited to it; elsewhere it is not yet
     measured. In 16 bits it is true where PyTorch's own are slow (`nbhd.sixteen_bits.are_slow`), and on Zen 4 in
-    bfloat16 without gradients, whose products the core has in float32 only.
+    bfloat16.
     """
     if cpu.why_unusable() is not None or not cpu.loaded_library().isa.startswith("avx"):
         return False
     if dtype != torch.float32:
         is_paired = is_zen_4() and cpu_linear.product_dtype(dtype) == dtype
-        return are_slow(dtype) or (is_paired and not with_gradients)
+        return are_slow(dtype) or is_paired
     ours, pytorchs = cpu.loaded_library().isa.startswith("avx512"), torch.backends.cpu.get_cpu_capability()
     if ours and pytorchs == "AVX512":
         return maker() == "GenuineIntel" or is_zen_4()
@@ -269,22 +269,22 @@ def gradients(
 def _backward(call: Call, kept: Kept, d_outputs: _Tensors, wants: Sequence[bool]) -> list[Tensor | None] | None:
     """The same by the core; None if it does not take what it is given."""
     # hooks may have kept copies, laid out otherwise
-    batch = kept.batch.float().contiguous()
+    batch = kept.batch.contiguous()
     moments, sums, *parameters = (
         None if tensor is None else tensor.float().contiguous()
         for tensor in (kept.moments, kept.sums, *kept.parameters)
     )
-    if not all(tensor is None or is_dense(tensor, tensor.shape) for tensor in (batch, moments, sums)):
+    if not all(tensor is None or is_dense(tensor, tensor.shape) for tensor in (moments, sums)):
         return None
-    if not call.fits(batch, None, parameters):
+    if not is_dense(batch, batch.shape, batch.dtype) or not call.fits(batch, None, parameters):
         return None
     norm, hidden, last = call.layers(parameters)
     shapes = [(*batch.shape[:-1], _rows(layer.weight)) for layer in last]
     gradients = [
-        batch.new_zeros(shape) if gradient is None else gradient.resolve_neg().float().contiguous()
+        batch.new_zeros(shape) if gradient is None else gradient.resolve_neg().to(batch.dtype).contiguous()
         for gradient, shape in zip(d_outputs, shapes, strict=True)
     ]
-    if not all(map(is_dense, gradients, shapes)):
+    if not all(is_dense(g, shape, batch.dtype) for g, shape in zip(gradients, shapes, strict=True)):
         return None
     found = [
         torch.empty_like(tensor) if wanted and tensor is not None else None
@@ -294,7 +294,9 @@ def _backward(call: Call, kept: Kept, d_outputs: _Tensors, wants: Sequence[bool]
     of_norm, of_hidden, *of_last = _pairs(d_parameters)
     added = gradients[0] if call.adds_input and d_batch is not None else None
     into = Gradients(d_batch, of_norm, of_hidden, of_last)
-    done = cpu_linear.gradients(batch, last, hidden, norm, moments, sums, call.factor, gradients, added, into)
+    done = cpu_linear.gradients(
+        batch, last, hidden, norm, moments, sums, call.factor, gradients, added, into, call.products
+    )
     if not done:
         return None
     dtypes = [tensor.dtype if tensor is not None else torch.float32 for tensor in (kept.batch, *kept.parameters)]

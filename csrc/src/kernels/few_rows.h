@@ -112,12 +112,12 @@ static bool linear_of_few_rows(const LinearLayers &l, const Threads &threads) {
     FewRowsJob job{&l, {}, nullptr, nullptr, 0, l.in, {}, {l.rows, l.in}, {}, false};
     const int64_t in_stride = padded(l.in), between_stride = padded(words(l.hidden.out));
     const RowsOf<T> as_they_lie = rows_of<T>(l.input, 0);
-    const bool lie_well = !l.norm.is_there && are_words(as_they_lie, l.in) && as_words(as_they_lie).stride % alias;
-    const int64_t of_inputs = lie_well ? 0 : l.rows * in_stride, of_hidden = l.hidden.out ? l.rows * between_stride : 0;
+    const bool as_given = !l.norm.is_there && lie_well(as_they_lie, l.in);
+    const int64_t of_inputs = as_given ? 0 : l.rows * in_stride, of_hidden = l.hidden.out ? l.rows * between_stride : 0;
     float *const memory =
         of_inputs + of_hidden ? (float *)allocate((of_inputs + of_hidden) * int64_t(sizeof(float))) : nullptr;
     if (of_inputs + of_hidden && !memory) return false;
-    if (lie_well) {
+    if (as_given) {
         job.a = as_words(as_they_lie);
     } else {
         job.room = memory, job.a = {memory, in_stride};

@@ -49,12 +49,14 @@ NBHD_INLINE Moments moments_of(const float *x, int64_t n, float epsilon) {
     return {mean[0], 1 / __builtin_sqrtf(variance + epsilon)};
 }
 
-NBHD_INLINE Vec normalised(const float *x, int64_t left, Moments m) {
+template <class T>
+NBHD_INLINE Vec normalised(const T *x, int64_t left, Moments m) {
     return (load_some(x, left) - splat(m.mean)) * splat(m.factor);
 }
 
 // `n` columns of a row from column `first` on.
-NBHD_INLINE void normalise_row(const float *x, Moments m, const Norm &norm, int64_t first, int64_t n, float *to) {
+template <class T>
+NBHD_INLINE void normalise_row(const T *x, Moments m, const Norm &norm, int64_t first, int64_t n, float *to) {
     for (int64_t i = 0; i < n; i += lanes) {
         const int64_t left = n - i;
         Vec y = normalised(x + first + i, left, m);

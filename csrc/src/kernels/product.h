@@ -243,8 +243,7 @@ static void multiply(const Product &p, const Finish<T> &f) {
     }
 }
 
-// Panels of a weight, [out][in]: as they are multiplied by inputs; or, for gradients of inputs, by those of outputs, times `factor`,
-// where words are floats.
+// Panels of a weight, [out][in]: as they are multiplied by inputs; or, for gradients of inputs, by those of outputs, times `factor`.
 struct Packing {
     const Weight *weight;
     Dtype dtype; // of its source
@@ -301,9 +300,14 @@ static void pack_panel(const Packing &p, const T *source, int64_t panel) {
     if (p.transposed) {
         const Vec factor = splat(p.factor);
         const T *from = source + first;
-        for (int64_t k = 0; k < n; k++, from += in, to += panel_columns)
-            for (int64_t c = 0; c < panel_columns; c += lanes)
-                store(to + c, c < columns ? load_some(from + c, columns - c) * factor : Vec{});
+        for (int64_t k = 0; k < n; k += numbers_of_word, from += numbers_of_word * in, to += panel_columns)
+            for (int64_t c = 0; c < panel_columns; c += lanes) {
+                Vec x[numbers_of_word];
+#pragma GCC unroll 2
+                for (int h = 0; h < numbers_of_word; h++)
+                    x[h] = c < columns && k + h < n ? load_some(from + h * in + c, columns - c) * factor : Vec{};
+                store(to + c, word_of(x));
+            }
         return;
     }
     pack_inputs(source + first * in, in, columns, n, to);

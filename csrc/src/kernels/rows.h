@@ -49,6 +49,19 @@ NBHD_INLINE constexpr int64_t words(int64_t numbers) { return (numbers + numbers
 // Rows of words, as those numbers.
 NBHD_INLINE OutputOf<Multiplied> numbers(Output a) { return {(Multiplied *)a.data, a.stride * numbers_of_word}; }
 
+NBHD_INLINE RowsOf<Multiplied> multiplied(Output a) { return {numbers(a).data, numbers(a).stride}; }
+
+// A word in each lane, of these numbers.
+NBHD_INLINE Vec word_of(const Vec (&x)[numbers_of_word]) {
+#if NBHD_PAIRS
+    const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x[0])),
+                  second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x[1]));
+    return (Vec)_mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+#else
+    return x[0];
+#endif
+}
+
 // Whether rows of these are words as they lie.
 template <class T>
 NBHD_INLINE bool are_words(RowsOf<T> a, int64_t columns) {
@@ -91,6 +104,26 @@ NBHD_INLINE auto with_type(Dtype dtype, const void *data, const F &f) {
     if (dtype == Dtype::float16) return f((const Float16 *)data);
     return f((const float *)data);
 }
+template <class T>
+constexpr Dtype dtype_of = is_float<T>      ? Dtype::float32
+                           : is_bfloat16<T> ? Dtype::bfloat16
+                                            : Dtype::float16;
+
+// Rows of any dtype but float64.
+struct AnyRows {
+    const void *data; // or null
+    int64_t stride;
+    Dtype dtype;
+
+    AnyRows() : data(nullptr), stride(0), dtype(Dtype::float32) {}
+    template <class T>
+    AnyRows(RowsOf<T> a) : data(a.data), stride(a.stride), dtype(dtype_of<T>) {}
+    // f(rows), which begin with that one
+    template <class F>
+    void from(int64_t row, const F &f) const {
+        with_type(dtype, data, [&]<class T>(const T *p) { f(RowsOf<T>{p, stride}.from(row)); });
+    }
+};
 
 // As floats.
 template <class T>
@@ -98,6 +131,23 @@ static void widen(RowsOf<T> from, int64_t rows, int64_t columns, float *to, int6
     for (int64_t r = 0; r < rows; r++, from.data += from.stride, to += to_stride)
         for (int64_t i = 0; i < columns; i += lanes)
             store_some(to + i, load_some(from.data + i, columns - i), columns - i);
+}
+
+// Whether rows are words as they lie, and not in each other's way.
+template <class T>
+NBHD_INLINE bool lie_well(RowsOf<T> a, int64_t columns) {
+    return are_words(a, columns) && as_words(a).stride % alias;
+}
+// Rows as the words that tiles want: as they lie, or in `room`.
+template <class T>
+static Rows to_words(RowsOf<T> a, int64_t rows, int64_t columns, float *room) {
+    if (are_words(a, columns)) return apart(as_words(a), rows, words(columns), room);
+    const Output to{room, padded(words(columns))};
+    const OutputOf<Multiplied> in_words = numbers(to);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < columns; i += lanes) // zeros past the last one
+            store(in_words.data + r * in_words.stride + i, load_some(a.data + r * a.stride + i, columns - i));
+    return {to.data, to.stride};
 }
 
 } // namespace nbhd::NBHD_ISA

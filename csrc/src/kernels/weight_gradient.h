@@ -2,7 +2,7 @@
 //
 //      strip of d: [row][14 columns]  x  panel of x: [row][32]  ->  tile of d_weight in registers: 14 by two vectors
 //
-// Both are copied in that order, some rows at a time. What x is made of (layer norm, GELU) is computed while it is copied: it was
+// Both are copied in that order, some rows at a time, where words are pairs those of two rows together. What x is made of (layer norm, GELU) is computed while it is copied: it was
 // not kept. Long columns are cut into slices that are added up at the end, into as many whatever the number of threads: no result
 // depends on it.
 #pragma once
@@ -11,10 +11,10 @@
 
 namespace nbhd::NBHD_ISA {
 
-constexpr int64_t gradient_depth = 256; // rows that are copied at a time
-constexpr int64_t chunk_columns = 512;  // of strips that lie side by side: with that many rows half a megabyte
-constexpr int64_t slice_rows = 768;     // at least, of a slice
-constexpr int64_t most_slices = 16;     // of a product
+constexpr int64_t gradient_depth = 256 * numbers_of_word; // rows that are copied at a time
+constexpr int64_t chunk_columns = 512; // of strips that lie side by side: with that many rows half a megabyte
+constexpr int64_t slice_rows = 768;    // at least, of a slice
+constexpr int64_t most_slices = 16;    // of a product
 constexpr int64_t most_partial = int64_t(1) << 21; // numbers of all slices of a weight
 
 // Columns of d, and whose.
@@ -29,11 +29,11 @@ enum class Made { as_it_is, by_norm, by_gelu };
 struct WeightProduct {
     int64_t rows;
     int layers;
-    Rows d[most_layers];
+    AnyRows d[most_layers]; // without data: who adds rows has it
     int64_t out[most_layers];
     float *d_weight[most_layers], *d_bias[most_layers]; // or null
     float factor;                                       // of d
-    Rows x;
+    AnyRows x;
     int64_t in;
     Made made;
     Norm norm;
@@ -59,7 +59,7 @@ static void gradient_tile(const float *a, const float *b, int64_t n, float *c, i
         for (int r = 0; r < rows; r++) {
             const Vec d = broadcast(a + r);
 #pragma GCC unroll 2
-            for (int v = 0; v < tile_vectors; v++) sum[r][v] = fma(d, x[v], sum[r][v]);
+            for (int v = 0; v < tile_vectors; v++) sum[r][v] = multiply_words(d, x[v], sum[r][v]);
         }
     }
 #pragma GCC unroll 16
@@ -95,29 +95,37 @@ struct ColumnSums {
     }
 };
 
-// d[rows][columns] times `factor`, to [row][columns] without gaps. `to` has room for a vector more.
-static void pack_strip(Rows d, int64_t rows, int64_t columns, float factor, float *to, const ColumnSums &sums) {
+// d[rows][columns] times `factor`, to words [row][columns] without gaps. `to` has room for a vector more.
+template <class T>
+static void pack_strip(RowsOf<T> d, int64_t rows, int64_t columns, float factor, float *to, const ColumnSums &sums) {
     constexpr int chains = 4, terms = 64; // of sums: short ones are more exact, and do not wait for each other
+    static_assert(chains % numbers_of_word == 0);
     const Vec f = splat(factor);
     for (int64_t i = 0; i < columns; i += lanes) {
         const int64_t left = columns - i;
-        const float *from = d.data + i;
+        const T *from = d.data + i;
         Vec all{};
         for (int64_t first = 0; first < rows; first += terms) {
             const int64_t last = first + terms < rows ? first + terms : rows;
             Vec sum[chains] = {};
             for (int64_t r = first; r < last; r += chains)
 #pragma GCC unroll 4
-                for (int64_t v = 0; v < chains; v++) {
-                    const int64_t row = r + v, rest = rows - 1 - row;
-                    if (row >= last) continue;
-                    // what lies beyond the strip is of the rows after it, whose turn comes later
-                    const bool is_inside = rest * d.stride + left >= lanes;
-                    const Vec x =
-                        (is_inside ? load(from + row * d.stride) : load_some(from + row * d.stride, left)) * f;
-                    if (columns <= lanes) store(to + row * columns, x);
-                    else store_some(to + row * columns + i, x, left);
-                    sum[v] += x;
+                for (int64_t v = 0; v < chains; v += numbers_of_word) {
+                    if (r + v >= last) continue;
+                    Vec x[numbers_of_word];
+#pragma GCC unroll 2
+                    for (int64_t h = 0; h < numbers_of_word; h++) {
+                        const int64_t row = r + v + h, rest = rows - 1 - row;
+                        // what lies beyond the strip is of the rows after it, whose turn comes later
+                        const bool is_inside = rest * d.stride + left >= lanes;
+                        x[h] = row >= last ? Vec{}
+                               : is_inside ? load(from + row * d.stride) * f
+                                           : load_some(from + row * d.stride, left) * f;
+                        sum[v + h] += x[h];
+                    }
+                    float *const word = to + (r + v) / numbers_of_word * columns;
+                    if (columns <= lanes) store(word, word_of(x));
+                    else store_some(word + i, word_of(x), left);
                 }
             all += (sum[0] + sum[1]) + (sum[2] + sum[3]);
         }
@@ -125,24 +133,41 @@ static void pack_strip(Rows d, int64_t rows, int64_t columns, float factor, floa
     }
 }
 
-// Columns [first, first + panel_columns) of what x is made into; zeros past the last.
-static void pack_inputs(const WeightProduct &p, int64_t row, int64_t rows, int64_t first, float *to) {
+// Columns [first, first + panel_columns) of what a row of x, `from`, is made into; zeros past the last.
+template <class T>
+NBHD_INLINE void make_inputs(const WeightProduct &p, const T *from, int64_t row, int64_t first, float *to) {
     const int64_t left = p.in - first, columns = left < panel_columns ? left : panel_columns;
-    const float *from = p.x.data + row * p.x.stride + first;
-    for (int64_t r = 0; r < rows; r++, from += p.x.stride, to += panel_columns) {
-        if (columns < panel_columns) __builtin_memset(to, 0, panel_columns * sizeof(float));
-        if (p.made == Made::by_norm) {
-            const float *m = p.moments + 2 * (row + r);
-            normalise_row(from - first, {m[0], m[1]}, p.norm, first, columns, to);
-            continue;
-        }
-        for (int64_t c = 0; c < columns; c += 2 * lanes) {
-            Vec x[2];
+    if (columns < panel_columns) __builtin_memset(to, 0, panel_columns * sizeof(float));
+    if (p.made == Made::by_norm) {
+        const float *m = p.moments + 2 * row;
+        return normalise_row(from, {m[0], m[1]}, p.norm, first, columns, to);
+    }
+    for (int64_t c = 0; c < columns; c += 2 * lanes) {
+        Vec x[2];
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; v++) x[v] = load_some(from + c + v * lanes, columns - c - v * lanes);
-            if (p.made == Made::by_gelu) gelu(x);
+        for (int v = 0; v < 2; v++) x[v] = load_some(from + first + c + v * lanes, columns - c - v * lanes);
+        if (p.made == Made::by_gelu) gelu(x);
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; v++) store_some(to + c + v * lanes, x[v], columns - c - v * lanes);
+        for (int v = 0; v < 2; v++) store_some(to + c + v * lanes, x[v], columns - c - v * lanes);
+    }
+}
+
+// The same of some rows, in words.
+template <class T>
+static void pack_inputs(const WeightProduct &p, RowsOf<T> x, int64_t row, int64_t rows, int64_t first, float *to) {
+    for (int64_t r = 0; r < rows; r += numbers_of_word, to += panel_columns) {
+        const T *const from = x.data + r * x.stride;
+        if constexpr (!pairs) {
+            make_inputs(p, from, row + r, first, to);
+        } else {
+            alignas(64) float made[numbers_of_word][panel_columns] = {};
+            for (int64_t h = 0; h < numbers_of_word && r + h < rows; h++)
+                make_inputs(p, from + h * x.stride, row + r + h, first, made[h]);
+            for (int64_t c = 0; c < panel_columns; c += lanes) {
+                Vec x[numbers_of_word];
+                for (int h = 0; h < numbers_of_word; h++) x[h] = load(made[h] + c);
+                store(to + c, word_of(x));
+            }
         }
     }
 }
@@ -176,44 +201,50 @@ struct Share {
     int64_t slice, first_strip, last_strip, first_panel, last_panel;
 
     // Numbers of memory for so many rows at a time.
-    int64_t strips_room(int64_t rows) const { return (last_strip - first_strip) * most_tile_rows * rows + lanes; }
-    int64_t room(int64_t rows) const { return strips_room(rows) + panel_columns * rows; }
+    int64_t strips_room(int64_t rows) const {
+        return (last_strip - first_strip) * most_tile_rows * words(rows) + lanes;
+    }
+    int64_t room(int64_t rows) const { return strips_room(rows) + panel_columns * words(rows); }
     int64_t sums_room() const { return (last_strip - first_strip) * strip_sums; }
     static constexpr int64_t strip_sums = (most_tile_rows + lanes - 1) / lanes * lanes;
 };
 
-// Adds the products of at most `most` rows, of which `d` has the layers' gradients and `row` is the first, or begins the sums with
-// them. `room` is for the strips and a panel; `lost`, what sums have lost, stays until the next rows.
-static void add_rows(const WeightPlan &plan, const Share &share, const Rows *d, int64_t row, int64_t rows, bool adds,
+// Adds the products of at most `most` rows, of which `row` is the first, or begins the sums with them. `d_rows` are gradients of
+// layers that p has not. `room` is for the strips and a panel; `lost`, what sums have lost, stays until the next rows.
+static void add_rows(const WeightPlan &plan, const Share &share, AnyRows d_rows, int64_t row, int64_t rows, bool adds,
                      int64_t most, float *room, float *lost) {
     const WeightProduct &p = *plan.p;
+    const int64_t deep = words(rows);
     alignas(64) float edge[most_tile_rows * tile_columns] = {};
     float *panel = room + share.strips_room(most), *to = room;
     for (int64_t s = share.first_strip; s < share.last_strip; s++) {
         const Strip &strip = plan.strips[s];
-        const Rows of_layer = d[strip.layer];
+        const AnyRows &d = p.d[strip.layer];
         const bool sums_up = !share.first_panel && p.d_bias[strip.layer];
         const ColumnSums sums{sums_up ? plan.bias_of(share.slice, strip.layer) + strip.first : nullptr,
                               lost + (s - share.first_strip) * Share::strip_sums, adds};
-        pack_strip({of_layer.data + strip.first, of_layer.stride}, rows, strip.columns, p.factor, to, sums);
-        to += rows * strip.columns;
+        const auto pack = [&]<class T>(RowsOf<T> from) {
+            pack_strip(RowsOf<T>{from.data + strip.first, from.stride}, rows, strip.columns, p.factor, to, sums);
+        };
+        d.data ? d.from(row, pack) : d_rows.from(0, pack);
+        to += deep * strip.columns;
     }
     for (int64_t n = share.first_panel; n < share.last_panel; n++) {
-        pack_inputs(p, row, rows, n * panel_columns, panel);
+        p.x.from(row, [&](auto x) { pack_inputs(p, x, row, rows, n * panel_columns, panel); });
         for (int64_t column = n * panel_columns; column < (n + 1) * panel_columns && column < p.in;
              column += tile_columns) {
             const int64_t left = p.in - column;
             const float *a = room, *b = panel + column % panel_columns;
-            for (int64_t s = share.first_strip; s < share.last_strip; a += rows * plan.strips[s++].columns) {
+            for (int64_t s = share.first_strip; s < share.last_strip; a += deep * plan.strips[s++].columns) {
                 const Strip &strip = plan.strips[s];
                 if (!p.d_weight[strip.layer]) continue; // its bias alone
                 float *c = plan.weight_of(share.slice, strip.layer) + strip.first * p.in + column;
                 const GradientTile tile = gradient_tile_of(strip.columns, Count<most_tile_rows>::type{});
                 if (left >= tile_columns) {
-                    tile(a, b, rows, c, p.in, adds);
+                    tile(a, b, deep, c, p.in, adds);
                 } else {
                     if (adds) copy(c, p.in, edge, tile_columns, strip.columns, left);
-                    tile(a, b, rows, edge, tile_columns, adds);
+                    tile(a, b, deep, edge, tile_columns, adds);
                     copy(edge, tile_columns, c, p.in, strip.columns, left);
                 }
             }
@@ -250,9 +281,7 @@ static void weight_task(int64_t i, void *context) {
                   cuts = (end - begin + gradient_depth - 1) / gradient_depth;
     for (int64_t cut = 0; cut < cuts; cut++) {
         const int64_t row = begin + (end - begin) * cut / cuts, rows = begin + (end - begin) * (cut + 1) / cuts - row;
-        Rows d[most_layers];
-        for (int l = 0; l < p.layers; l++) d[l] = p.d[l].from(row);
-        add_rows(*plan, share, d, row, rows, cut > 0, gradient_depth, room, room + share.room(gradient_depth));
+        add_rows(*plan, share, {}, row, rows, cut > 0, gradient_depth, room, room + share.room(gradient_depth));
     }
 }
 

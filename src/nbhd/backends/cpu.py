@@ -27,7 +27,7 @@ from nbhd.qkv import Three
 
 NAME = "cpu"
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 

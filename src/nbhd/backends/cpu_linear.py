@@ -31,8 +31,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # after, outputs, what is kept for the gradients, threads.
 _INPUT, _LAYERS, _OUTPUT = struct.Struct("=8q"), struct.Struct("=3qd17q"), struct.Struct("=13q")
 _CALL_BYTES = _INPUT.size + _LAYERS.size + _OUTPUT.size
-# nbhd_linear_gradients_call: size, rows, in, input, norm, the weights, what was kept; factor; gradients, threads.
-_GIVEN, _FACTOR, _WANTED = struct.Struct("=25q"), struct.Struct("=d"), struct.Struct("=17q")
+# nbhd_linear_gradients_call: size, two dtypes, rows, in, input, norm, the weights, what was kept; factor; gradients,
+# threads.
+_GIVEN, _FACTOR, _WANTED = struct.Struct("=27q"), struct.Struct("=d"), struct.Struct("=17q")
 _GRADIENTS_CALL_BYTES = _GIVEN.size + _FACTOR.size + _WANTED.size
 _NO_LAYER = (0,) * 4
 
@@ -224,14 +225,16 @@ class Gradients(NamedTuple):
 def gradients(
     input: Tensor, last: Sequence[Layer], hidden: Layer | None, norm: Norm | None, moments: Tensor | None,
     sums: Tensor | None, factor: float, d_outputs: Sequence[Tensor], added: Tensor | None, into: Gradients,
+    products: torch.dtype,
 ) -> bool:  # fmt: skip
-    """Gradients of ``factor * last(gelu(hidden(norm(input))))``, of float32 tensors.
+    """Gradients of ``factor * last(gelu(hidden(norm(input))))``.
 
     Args:
-        input, last, hidden, norm: those of `run`, and what it kept in ``moments`` and ``sums``.
-        d_outputs: like the outputs.
+        input, last, hidden, norm: those of `run`, parameters in float32, and what it kept in ``moments`` and ``sums``.
+        d_outputs: like the outputs, of the input's dtype.
         added: like the input, added to its gradient; or None.
         into: what is wanted.
+        products: that of `run`.
 
     Returns:
         Whether the library took the tensors, as `run` may not; nothing is written otherwise.
@@ -240,8 +243,9 @@ def gradients(
     weights, biases = zip(*into.last, strict=True)
     status = library.linear_gradients(
         _GIVEN.pack(
-            _GRADIENTS_CALL_BYTES, input.numel() // features, features, input.data_ptr(), *_of_norm(norm)[:3],
-            *_of_layers(hidden, last), _pointer(moments), _pointer(sums),
+            _GRADIENTS_CALL_BYTES, DTYPES[input.dtype], DTYPES[product_dtype(products)], input.numel() // features,
+            features, input.data_ptr(), *_of_norm(norm)[:3], *_of_layers(hidden, last), _pointer(moments),
+            _pointer(sums),
         )
         + _FACTOR.pack(factor)
         + _WANTED.pack(
