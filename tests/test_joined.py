@@ -95,6 +95,7 @@ CASES = {
     "no multiple of anything": Case(131, 77, (35,), hidden=301),
     "many rows": Case(20_000, 20, (50,), hidden=36),
     "wide rows": Case(40, 1024, (1024,), norm=False),
+    "rows in each other's way": Case(40, 2048, (64,), norm=False),
     "no norm": Case(64, 48, (33,), hidden=65, norm=False),
 }
 

@@ -142,8 +142,8 @@ typedef struct nbhd_linear_call {
 /* output = residual + scale * gelu(last(gelu(hidden(norm(input))))), with those parts that are there. */
 NBHD_API int32_t nbhd_linear(const nbhd_linear_call *call);
 
-/* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense. The input and gradients of
- * input and outputs are of `dtype`, everything else is float32. Of a weight it is `source` that is read. What is asked of parts that are not there is not written. With bfloat16 for `product_dtype` what is
+/* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense. The input, gradients of it
+ * and of outputs, and what is added are of `dtype`, everything else is float32. Of a weight it is `source` that is read. What is asked of parts that are not there is not written. With bfloat16 for `product_dtype` what is
  * multiplied is rounded to that before: gradients of outputs (times the factor where they are multiplied by what a layer takes) and
  * of the hidden layer, what a layer takes, and weights (times the factor where that is not 1). */
 typedef struct nbhd_linear_gradients_call {

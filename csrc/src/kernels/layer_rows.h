@@ -18,11 +18,17 @@ NBHD_INLINE RowsOf<T> rows_of(Elements e, int64_t row) {
     return RowsOf<T>{(const T *)e.data, e.stride}.from(row);
 }
 
-// The block's inputs as the tiles want them, in words.
+// From one of the inputs that `inputs` makes in a room to the next: where they are words before, they are only moved.
+template <class T>
+static int64_t inputs_stride(const LinearLayers &l) {
+    return padded(!l.norm.is_there && are_words(rows_of<T>(l.input, 0), l.in) ? words(l.in) : l.in);
+}
+
+// The block's inputs as the tiles want them, in words: as they lie, or in the room.
 template <class T>
 static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_moments, float *room) {
     const RowsOf<T> as_they_lie = rows_of<T>(l.input, row);
-    const Output made{room, padded(l.in)};
+    const Output made{room, inputs_stride<T>(l)};
     if (!l.norm.is_there && are_words(as_they_lie, l.in)) return apart(as_words(as_they_lie), rows, words(l.in), room);
     Rows x{made.data, made.stride};
     if constexpr (is_float<T>) x = as_they_lie;

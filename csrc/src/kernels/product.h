@@ -145,8 +145,8 @@ static void finish(const Finish<T> &f, const float *sums, int64_t sums_stride, i
             gelu_slope(slope);
 #pragma GCC unroll 2
             for (int v = 0; v < tile_vectors; v++) {
-                // What the slope makes next to nothing is nothing: numbers below a float's smallest normal ones would take hundreds of
-                // cycles in every product.
+                // Next to nothing, which the slope makes of much, is nothing: numbers below a float's smallest normal ones would take
+                // hundreds of cycles in every product.
                 x[v] *= slope[v];
                 x[v] = (Vec)((Index)x[v] & 0x7fffffff) < splat(Real(0x1p-100)) ? Vec{} : x[v];
             }
