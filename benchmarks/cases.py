@@ -131,6 +131,7 @@ def _cases() -> list[Case]:
         plane("window/3x3-d32", 27, 3),
         plane("window/5x5-d32", 30, 5),
         plane("window/13x13-d32", 26, 13),
+        plane("window/13x13-d32-64x64", 64, 13, heads=2, is_default=False),
         plane("window/13x13-d64", 26, 13, heads=2, dim=64),
         plane("window/13x13-d128", 26, 13, heads=1, dim=128),
         plane("window/7x7-d64", 28, 7, heads=2, dim=64),

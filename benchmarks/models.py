@@ -50,6 +50,11 @@ CASES = {
         ModelCase(
             "models/tiny-224-b8-bfloat16", ("nat-tiny-bfloat16", "nat-tiny", "swin-tiny-bfloat16"), is_default=False
         ),
+        ModelCase(
+            "models/tiny-224-b8-autocast",
+            ("nat-tiny-autocast", "nat-tiny", "swin-tiny-autocast", "convnext-tiny-autocast"),
+            is_default=False,
+        ),
         ModelCase("models/tiny-224-b8-compiled", ("nat-tiny-compiled", "nat-tiny"), is_default=False),
         ModelCase(
             "models/tiny-224-b1",
@@ -101,23 +106,26 @@ NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
 }
 
 #: What a network's name may end in.
-VARIANTS = ("bfloat16", "compiled", "optimized")
+VARIANTS = ("autocast", "bfloat16", "compiled", "optimized")
 
 TITLES = {
     "nat-tiny": "NAT-Tiny (nbhd)",
+    "nat-tiny-autocast": "NAT-Tiny (nbhd), autocast to bfloat16",
     "nat-tiny-bfloat16": "NAT-Tiny (nbhd), bfloat16",
     "nat-tiny-compiled": "NAT-Tiny (nbhd), torch.compile",
     "nat-tiny-optimized": "NAT-Tiny (nbhd), optimize_for_inference",
     "swin-tiny": "Swin-T (transformers)",
+    "swin-tiny-autocast": "Swin-T (transformers), autocast to bfloat16",
     "swin-tiny-bfloat16": "Swin-T (transformers), bfloat16",
     "convnext-tiny": "ConvNeXt-T (transformers)",
+    "convnext-tiny-autocast": "ConvNeXt-T (transformers), autocast to bfloat16",
     "nat-base": "NAT-Base (nbhd)",
     "swin-base": "Swin-B (transformers)",
 }
 
 
 def prepare(name: str, case: ModelCase) -> Subject:
-    """A network ready for ``inference`` and, in float32, ``training_step``, both in seconds a batch."""
+    """A network ready for ``inference`` and, with weights of float32, ``training_step``, both in seconds a batch."""
     kind, variant = next(((name.removesuffix(f"-{v}"), v) for v in VARIANTS if name.endswith(v)), (name, ""))
     if variant == "compiled" and case.is_small:
         raise NotHere("compiling takes longer than a quick run")
@@ -133,19 +141,21 @@ def prepare(name: str, case: ModelCase) -> Subject:
     labels = torch.arange(case.batch) % LABELS
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
     called: Any = torch.compile(network, options=COMPILE_OPTIONS_ON_CPUS) if variant == "compiled" else network
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=variant == "autocast")
     # Lowering a network to its compiled form takes minutes for each mode; one is enough to say what it gains. What is
     # made for inference does not train.
-    trains = variant == ""
+    trains = variant in ("", "autocast")
 
     def infer() -> Tensor:
         network.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast():
             logits: Tensor = called(pixels).logits
             return logits
 
     def step() -> Tensor:
         network.train()
-        loss: Tensor = called(pixels, labels=labels).loss
+        with autocast():
+            loss: Tensor = called(pixels, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
