@@ -386,6 +386,9 @@ def test_the_other_processors_in_the_readme_are_those_of_the_committed_json():
     for written, measured in zip(rows["bfloat16, inference"], (epyc, xeon), strict=True):
         assert written.startswith(cell(measured, "b8-bfloat16", "nat-tiny-bfloat16", of_swin, "inference") + " times")
         checked += 1
+    both_cast = ("swin-tiny-autocast", "convnext-tiny-autocast")
+    trained = cell(epyc, "b8-autocast", "nat-tiny-autocast", both_cast, "training_step") + ")"
+    assert rows["autocast to bfloat16, a training step"][0] == trained
     assert checked == 14
 
 
