@@ -130,7 +130,8 @@ def compile_line(line: Line, target: str, *, anyway: bool = False) -> Any:
 #: registers. The others spill nearly all outside their inner loops (``turn`` in the results; a test holds them to it).
 MAY_SPILL = {
     "ql32-256": 600, "kl32-256": 100, "ko16-32-two": 200, "ko16-64": 40, "kl16-128": 140, "kl16-64-hopper": 40,
-    "kl16-128-amd": 60, "fl16-256": 60, "ko32-32": 100, "tl16-128": 240, "tl16-256": 240, "tl32-256": 300,
+    "kl16-128-amd": 60, "fl16-256": 60, "ko32-32": 100, "tl16-128": 240, "tl16-256": 240, "tl32-256": 100,
+    "tl32-256-small": 300,
 }  # fmt: skip
 #: The same of any other row with another Triton than the table's: a few registers.
 A_FEW = 16
