@@ -143,9 +143,10 @@ typedef struct nbhd_linear_call {
 NBHD_API int32_t nbhd_linear(const nbhd_linear_call *call);
 
 /* Gradients of output[i] = factor * last[i](gelu(hidden(norm(input)))). Tensors are dense. The input, gradients of it
- * and of outputs, and what is added are of `dtype`, everything else is float32. Of a weight it is `source` that is read. What is asked of parts that are not there is not written. With bfloat16 for `product_dtype` what is
- * multiplied is rounded to that before: gradients of outputs (times the factor where they are multiplied by what a layer takes) and
- * of the hidden layer, what a layer takes, and weights (times the factor where that is not 1). */
+ * and of outputs, and what is added are of `dtype`, everything else is float32. Of a weight it is `source` that is read. What is
+ * asked of parts that are not there is not written. With bfloat16 for `product_dtype` what is multiplied is rounded to that
+ * before: gradients of outputs (times the factor where they are multiplied by what a layer takes) and of the hidden layer, what a
+ * layer takes, and weights (times the factor where that is not 1). */
 typedef struct nbhd_linear_gradients_call {
     int64_t size;                 /* sizeof(nbhd_linear_gradients_call) of the caller */
     int64_t dtype, product_dtype; /* as of nbhd_linear_call */

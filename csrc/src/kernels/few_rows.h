@@ -112,7 +112,7 @@ static bool linear_of_few_rows(const LinearLayers &l, const Threads &threads) {
     FewRowsJob job{&l, {}, nullptr, nullptr, 0, l.in, {}, {l.rows, l.in}, {}, false};
     const RowsOf<T> as_they_lie = rows_of<T>(l.input, 0);
     const bool as_given = !l.norm.is_there && lie_well(as_they_lie, l.in);
-    const int64_t in_stride = inputs_stride<T>(l), between_stride = padded(words(l.hidden.out));
+    const int64_t in_stride = inputs_stride(l), between_stride = padded(words(l.hidden.out));
     const int64_t of_inputs = as_given ? 0 : l.rows * in_stride, of_hidden = l.hidden.out ? l.rows * between_stride : 0;
     float *const memory =
         of_inputs + of_hidden ? (float *)allocate((of_inputs + of_hidden) * int64_t(sizeof(float))) : nullptr;

@@ -18,25 +18,20 @@ NBHD_INLINE RowsOf<T> rows_of(Elements e, int64_t row) {
     return RowsOf<T>{(const T *)e.data, e.stride}.from(row);
 }
 
-// From one of the inputs that `inputs` makes in a room to the next: where they are words before, they are only moved.
-template <class T>
-static int64_t inputs_stride(const LinearLayers &l) {
-    return padded(!l.norm.is_there && are_words(rows_of<T>(l.input, 0), l.in) ? words(l.in) : l.in);
-}
+// From one of the inputs that `inputs` makes in a room to the next: normalised ones become words where they lie.
+static int64_t inputs_stride(const LinearLayers &l) { return padded(l.norm.is_there ? l.in : words(l.in)); }
 
 // The block's inputs as the tiles want them, in words: as they lie, or in the room.
 template <class T>
 static Rows inputs(const LinearLayers &l, int64_t row, int64_t rows, bool keeps_moments, float *room) {
     const RowsOf<T> as_they_lie = rows_of<T>(l.input, row);
-    const Output made{room, inputs_stride<T>(l)};
-    if (!l.norm.is_there && are_words(as_they_lie, l.in)) return apart(as_words(as_they_lie), rows, words(l.in), room);
+    if (!l.norm.is_there) return to_words(as_they_lie, rows, l.in, room);
+    const Output made{room, inputs_stride(l)};
     Rows x{made.data, made.stride};
     if constexpr (is_float<T>) x = as_they_lie;
-    if (!is_float<T> || !l.norm.is_there) widen(as_they_lie, rows, l.in, made.data, made.stride);
-    if (l.norm.is_there) {
-        float *moments = keeps_moments && l.moments ? l.moments + 2 * row : nullptr;
-        normalise(x, l.norm, l.epsilon, rows, l.in, moments, made.data, made.stride);
-    }
+    else widen(as_they_lie, rows, l.in, made.data, made.stride);
+    normalise(x, l.norm, l.epsilon, rows, l.in, keeps_moments && l.moments ? l.moments + 2 * row : nullptr, made.data,
+              made.stride);
     become_words(made, rows, l.in);
     return {made.data, made.stride};
 }

@@ -2,9 +2,9 @@
 //
 //      strip of d: [row][14 columns]  x  panel of x: [row][32]  ->  tile of d_weight in registers: 14 by two vectors
 //
-// Both are copied in that order, some rows at a time, where words are pairs those of two rows together. What x is made of (layer norm, GELU) is computed while it is copied: it was
-// not kept. Long columns are cut into slices that are added up at the end, into as many whatever the number of threads: no result
-// depends on it.
+// Both are copied in that order, some rows at a time, where words are pairs those of two rows together. What x is made of (layer
+// norm, GELU) is computed while it is copied: it was not kept. Long columns are cut into slices that are added up at the end, into
+// as many whatever the number of threads: no result depends on it.
 #pragma once
 #include "layer_norm.h"
 #include "product.h"
