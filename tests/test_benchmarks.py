@@ -389,7 +389,27 @@ def test_the_other_processors_in_the_readme_are_those_of_the_committed_json():
     both_cast = ("swin-tiny-autocast", "convnext-tiny-autocast")
     trained = cell(epyc, "b8-autocast", "nat-tiny-autocast", both_cast, "training_step") + ")"
     assert rows["autocast to bfloat16, a training step"][0] == trained
-    assert checked == 14
+    for row, variant, runs in (
+        ("its peak memory; Swin-T's, ConvNeXt-T's", "", (epyc, xeon)),
+        ("peak memory of that; Swin-T's, ConvNeXt-T's", "-autocast", (epyc,)),
+    ):
+        for written, measured in zip(rows[row], runs, strict=False):
+            case = next(result for result in measured["results"] if result["name"] == f"models/tiny-224-b8{variant}")
+            peaks = [case["peak_bytes"][name + variant]["training_step"] for name in ("nat-tiny", *both)]
+            ours, *theirs = (round(peak / 2**20) for peak in peaks)
+            assert written == f"{ours} MiB; {', '.join(map(str, theirs))}"
+            checked += 1
+    forward = "NAT's attention against Swin's shifted (SDPA), forward; at 7x7, where Swin does not shift"
+    for row, quantity in ((forward, "forward"), ("with the gradients", "both")):
+        for written, measured in zip(rows[row], (epyc, xeon), strict=True):
+            *shifted, whole = (
+                next(r.ratios[quantity].median for r in summary.rows(result)
+                     if r.threads == 2 and r.subject == "swin-shifted-sdpa")
+                for result in measured["results"] if re.fullmatch(r"nat/\d+x\d+-b8", result["name"])
+            )  # fmt: skip
+            assert written == f"{min(shifted):.1f} to {max(shifted):.1f}; {whole:.1f}"
+            checked += 1
+    assert checked == 21
 
 
 def test_the_list_has_every_case_and_its_peers():
