@@ -103,7 +103,7 @@ def compiled(model: nn.Module, **options: Any) -> tuple[Any, list[int]]:
         graphs.append(sum("nbhd.layers" in str(node.target) for node in graph.graph.nodes))
         return graph.forward
 
-    return torch.compile(model, backend=keep, fullgraph=True, **options), graphs
+    return torch.compile(model, backend=keep, **{"fullgraph": True, **options}), graphs
 
 
 PIXELS = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(1))
@@ -206,9 +206,9 @@ def test_batches_of_gradients() -> None:
 
 
 def test_dual_numbers_that_come_later() -> None:
-    """Another graph is made for them, and nothing loses a tangent."""
+    """Other graphs are made for them (PyTorch 2.15 breaks them where they come in), and nothing loses a tangent."""
     model = network().eval().requires_grad_(False)
-    run, graphs = compiled(model)
+    run, graphs = compiled(model, fullgraph=False)
     run(PIXELS)
 
     def tangent(call: Callable) -> Tensor:
@@ -217,7 +217,8 @@ def test_dual_numbers_that_come_later() -> None:
             return torch.autograd.forward_ad.unpack_dual(logits).tangent
 
     torch.testing.assert_close(tangent(run), tangent(model))
-    assert graphs == [CALLS, 0]
+    assert graphs[0] == CALLS
+    assert not any(graphs[1:])
 
 
 class Other(nn.Parameter):
