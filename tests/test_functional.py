@@ -26,6 +26,11 @@ WRONG = {
     "kernel_size text": (dict(kernel_size="7"), r"kernel_size must be an int or one per axis, got '7'"),
     "kernel_size float": (dict(kernel_size=3.0), r"kernel_size must be an int or one per axis, got 3.0 \(float\)"),
     "kernel_size bool": (dict(kernel_size=True), r"kernel_size must be an int"),
+    "kernel_size nested": (
+        dict(kernel_size=[3, [3]]),
+        r"kernel_size must be an int or one per axis, got \[3\] \(list\)",
+    ),
+    "kernel_size set": (dict(kernel_size={3}), r"kernel_size must be an int or one per axis, got \{3\} \(set\)"),
     "kernel_size three": (dict(kernel_size=(3, 3, 3)), r"kernel_size must be an int or 2 of them.*got 3: \(3, 3, 3\)"),
     "kernel_size large": (
         dict(kernel_size=(3, 10)),
@@ -40,8 +45,14 @@ WRONG = {
     "stride 0": (dict(kernel_size=3, stride=0), r"stride must be between 1 and kernel_size"),
     "is_causal int": (dict(kernel_size=3, is_causal=1), r"is_causal must be a bool or 2 of them"),
     "is_causal short": (dict(kernel_size=3, is_causal=(True,)), r"is_causal must be a bool or 2 of them"),
+    "is_causal nested": (dict(kernel_size=3, is_causal=[True, [False]]), r"is_causal must be a bool or 2 of them"),
     "scale text": (dict(kernel_size=3, scale="x"), r"scale must be None or a real number, got 'x'"),
     "scale nan": (dict(kernel_size=3, scale=float("nan")), r"scale must be finite"),
+    "scale beyond a float": (
+        dict(kernel_size=3, scale=10**400),
+        r"scale must be finite and within the range of a float, got 10{19}\.\.\. \(401 digits\)",
+    ),
+    "scale without end": (dict(kernel_size=3, scale=10**9000), r"got an int of very many digits"),
     "backend unknown": (dict(kernel_size=3, backend="cuda9"), r"backend must be 'auto' or one of 'reference'"),
     "backend number": (dict(kernel_size=3, backend=1), r"backend must be a string"),
     "bias shape": (
@@ -84,6 +95,14 @@ def test_a_wrong_argument_is_named_with_rule_value_and_remedy(name):
     arguments, message = WRONG[name]
     with pytest.raises(ArgumentError, match=message):
         nbhd.na2d(**{"query": Q, "key": K, "value": V, **arguments})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_refused(layout):
+    query, key, value = (torch.nested.nested_tensor([*t, *t], layout=layout) for t in GOOD)
+    with pytest.raises(ArgumentError, match=r"got a nested one. Pad it: query.to_padded_tensor\(0.0\)"):
+        nbhd.na2d(query, key, value, 3)
 
 
 def test_argument_errors_are_value_errors():

@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import warnings
 
+import functorch.compile
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.fx.experimental.proxy_tensor
 import torch.utils.checkpoint
 from torch import Tensor
 
@@ -140,6 +142,28 @@ def test_exports_with_every_length_dynamic():
             inputs = maps(*size)
             for one, other in zip(program.module()(*inputs), layer(*inputs), strict=True):
                 torch.testing.assert_close(one, other)
+
+
+def test_traced_with_symbols_for_lengths():
+    """By make_fx and by functorch's compiler, where nothing says that a compiler is at work."""
+
+    def run(query, key, value):
+        weights = nbhd.attention_weights(query, key, 3, dilation=2)
+        return nbhd.na2d(query, key, value, 3), nbhd.apply_attention_weights(weights, value, 3, dilation=2)
+
+    def tensors(side):
+        return [torch.randn(2, side, side + 1, 2, 4, dtype=torch.float64) for _ in range(3)]
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(run, tracing_mode="symbolic")(*tensors(7))
+    compiled = functorch.compile.aot_function(run, functorch.compile.nop, dynamic=True)
+    for given in (tensors(7), tensors(10)):
+        expected = run(*given)
+        torch.testing.assert_close(graph(*given), expected)
+        leaves = [t.clone().requires_grad_() for t in given]
+        made = compiled(*leaves)
+        torch.testing.assert_close(made, expected)
+        ours = torch.autograd.grad(made[0].sin().sum(), leaves)
+        torch.testing.assert_close(ours, torch.autograd.grad(run(*leaves)[0].sin().sum(), leaves))
 
 
 def test_torch_func_transforms():

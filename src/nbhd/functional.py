@@ -400,14 +400,33 @@ def _check(
     if torch.compiler.is_compiling():  # lengths may be symbols there
         neighborhood = _check_shapes(axes, *shapes, *parameters)
     else:
-        neighborhood = _check_shapes_once(axes, *shapes, *parameters, tuple(map(_kind_of_parameter, parameters)))
+        try:
+            neighborhood = _check_shapes_once(axes, *shapes, *parameters, tuple(map(_kind_of_parameter, parameters)))
+        except TypeError:  # what cannot be hashed: symbols of a tracer's, or no parameters at all
+            neighborhood = _check_shapes(axes, *shapes, *parameters)
     if scale is None:
         return neighborhood, query.shape[-1] ** -0.5
     if isinstance(scale, Tensor) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise ArgumentError(f"scale must be None or a real number, got {scale!r}. Pass a float, such as dim ** -0.5.")
-    if isinstance(scale, numbers.Real) and not math.isfinite(scale):
-        raise ArgumentError(f"scale must be finite, got {scale!r}.")
+    if isinstance(scale, numbers.Real) and not _is_finite(scale):
+        raise ArgumentError(f"scale must be finite and within the range of a float, got {_short(scale)}.")
     return neighborhood, float(scale)
+
+
+def _is_finite(number: numbers.Real) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int beyond a float's range
+        return False
+
+
+def _short(number: numbers.Real) -> str:
+    """The number, or how it begins: an int may have thousands of digits."""
+    try:
+        digits = repr(number)
+    except ValueError:  # more than Python writes out
+        return "an int of very many digits"
+    return digits if len(digits) <= 40 else f"{digits[:20]}... ({len(digits)} digits)"
 
 
 def _bias_shape(bias: Any, query: Tensor) -> Any:
@@ -525,6 +544,11 @@ def _per_axis_bools(given: Any, axes: int) -> tuple[bool, ...]:
 
 def _same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     for each_name, each in ((other_name, other), (name, tensor)):
+        if each.is_nested:
+            raise ArgumentError(
+                f"{each_name} must be a dense tensor, got a nested one. Pad it: {each_name}.to_padded_tensor(0.0), or "
+                "call once for each of its tensors."
+            )
         if each.layout is not torch.strided:
             raise ArgumentError(
                 f"{each_name} must be a dense tensor, got layout {each.layout}. Pass {each_name}.to_dense()."
