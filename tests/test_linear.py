@@ -130,6 +130,20 @@ def test_what_stays_linear(input: Tensor, layer: Linear, convolutions: list[tupl
     assert not convolutions
 
 
+@pytest.mark.parametrize("shape", [(1,), (), (4, 40, 40, 192)], ids=str)
+def test_a_bias_that_broadcasts(shape: tuple[int, ...], convolutions: list[tuple[int, ...]]) -> None:
+    """As PyTorch's function takes it, at a size that is oneDNN's otherwise."""
+    layer, batch = Linear(64, 192), torch.randn(4, 40, 40, 64)
+    bias = torch.randn(shape).requires_grad_()
+    for run in (linear.linear, torch.compile(linear.linear, backend="eager")):
+        ours, theirs = (f(batch, layer.weight, bias) for f in (run, functional.linear))
+        assert torch.equal(ours, theirs)
+        assert torch.equal(*(torch.autograd.grad(made.square().sum(), bias)[0] for made in (ours, theirs)))
+    assert not convolutions
+    linear.linear(batch, layer.weight, layer.bias)
+    assert convolutions
+
+
 def test_prime_number_of_rows(threads: int, convolutions: list[tuple[int, ...]]) -> None:
     """With one thread there is no way to cut them into images; then it is MKL's."""
     layer, batch = Linear(64, 192), torch.randn(2003, 64)

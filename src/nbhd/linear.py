@@ -73,6 +73,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # First of all whether a graph is made: a compiler would warn of the cache behind mkl_is_slow.
     if not makes_a_graph():
+        if _broadcasts(bias, weight):
+            return functional.linear(input, weight, bias)
         if _is_slow(input, weight, bias):
             multiply = _InFloat32.apply if torch.is_grad_enabled() else _in_float32
             made: Tensor = multiply(input, weight, bias, dtype_of_products(input))
@@ -81,7 +83,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return in_one_piece(input, weight, bias, "none")
         # With gradients there are three products to prepare instead of one.
         return _by_either(input, weight, bias, times_the_work=2 if torch.is_grad_enabled() else 1)
-    if _graph_takes_operator(input, weight):
+    if _graph_takes_operator(input, weight) and not _broadcasts(bias, weight):
         output: Tensor = torch.ops.nbhd.linear(input, weight, bias)
         return output
     return functional.linear(input, weight, bias)
@@ -152,9 +154,15 @@ def _is_left_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _broadcasts(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether there is a bias that is not one number for each output, as PyTorch's own products take it."""
+    # what stands for a tensor in a graph has no shape to ask for
+    return isinstance(bias, Tensor) and isinstance(weight, Tensor) and bias.shape != weight.shape[:1]
+
+
 def _is_plain_bias(bias: Tensor, weight: Tensor) -> bool:
-    """Whether ``bias`` is one number for each output; PyTorch's own products broadcast others."""
-    return bias.dtype == weight.dtype and bias.is_contiguous() and bias.shape == weight.shape[:1]
+    """Whether ``bias`` lies as oneDNN reads it."""
+    return bias.dtype == weight.dtype and bias.is_contiguous() and not _broadcasts(bias, weight)
 
 
 def in_one_piece(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
