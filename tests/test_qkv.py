@@ -153,14 +153,15 @@ def test_hooks_may_change_a_gradient() -> None:
     torch.testing.assert_close(use(split_qkv), use(by_views))
 
 
-def test_a_kept_gradient_stays_as_it_is() -> None:
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t.flatten().view_as(t)], ids=["leaf", "view of a leaf"])
+def test_a_kept_gradient_stays_as_it_is(view: Callable[[Tensor], Tensor]) -> None:
     """A leaf's gradient is added to in place, so it must share no memory with what a hook was given."""
     qkv, kept = projected(6, 7).requires_grad_(), []
-    query, key, value = split_qkv(qkv, HEADS)
+    query, key, value = split_qkv(view(qkv), HEADS)
     query.register_hook(kept.append)
     nbhd.na2d(query, key, value, 3).sum().backward()
     before = kept[0].clone()
-    nbhd.na2d(*split_qkv(qkv, HEADS), 3).sum().backward()
+    nbhd.na2d(*split_qkv(view(qkv), HEADS), 3).sum().backward()
     assert torch.equal(kept[0], before)
 
 

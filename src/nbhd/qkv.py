@@ -2,8 +2,8 @@
 
 A layer projects its input once, to ``3 * heads * dim`` channels, and the operator reads the three parts where they lie.
 Taken apart by PyTorch's own views, their gradients come as three tensors, which autograd then copies into one: another
-pass over all of it. `split_qkv` and `room_for_gradients` spare it: the
-backward writes all three into one tensor, and `split_qkv` hands that on as it is.
+pass over all of it. `split_qkv` and `room_for_gradients` spare it: the backward writes all three into one tensor, and
+`split_qkv` hands that on as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Three = tuple[Tensor, Tensor, Tensor]
 def split_qkv(qkv: Tensor, num_heads: int) -> Three:
     """Query, key and value, as views, of a projection's output, whose channels are in this order: part, head, channel.
 
-    The same as ``qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)``; the gradients come back faster.
+    The same as ``qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)``; the gradients come back faster, those of the parts
+    in the memory of that of ``qkv``. Who asks for both and changes one in place changes the other.
 
     Args:
         qkv: ``[batch, *spatial, 3 * num_heads * dim]``.
@@ -66,7 +67,7 @@ class _Split(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         parts = _views(qkv, num_heads)
         ctx.whole = qkv.shape
-        ctx.is_leaf = qkv.is_leaf
+        ctx.is_leaf = qkv.is_leaf or (qkv._base is not None and qkv._base.is_leaf)
         return parts
 
     @staticmethod
