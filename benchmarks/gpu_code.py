@@ -34,6 +34,15 @@ TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), Target("hopper", 227 << 10)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Target("hip", 64 << 10)),
 }
+#: GPUs that rows must compile for and fit as well. Their code is looked at no further.
+OTHERS = {
+    "sm_89": (GPUTarget("cuda", 89, 32), Target("cuda", 99 << 10)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Target("cuda", 227 << 10)),
+    "sm_120": (GPUTarget("cuda", 120, 32), Target("cuda", 99 << 10)),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), Target("hip", 64 << 10)),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), Target("hip", 160 << 10)),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), Target("hip", 64 << 10)),
+}
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -6,6 +6,7 @@
                                                         benchmarks/results/gpu-code.json, the table in docs/gpu.md,
                                                         shared memory and costs in the table of configurations
     python -m benchmarks.gpu_compile --output FILE      keep the results there and nowhere else
+    python -m benchmarks.gpu_compile --others           for other GPUs (gpu_code.OTHERS): do rows compile, do they fit
 
 Needs Triton, on Linux. About half an hour the first time on one core; Triton keeps what it compiled.
 """
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +31,9 @@ from benchmarks.cases import Case
 from nbhd._files import write_json, write_whole
 from nbhd.backends.triton import configurations
 from nbhd.backends.triton.configurations import Row
+
+if TYPE_CHECKING:  # it imports Triton, which may not be there
+    from nbhd.backends.triton.launches import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu-code.json"
@@ -112,18 +116,40 @@ def compile_line(line: Line, target: str, *, anyway: bool = False) -> Any:
     from benchmarks import gpu_code
 
     gpu, limits = gpu_code.TARGETS[target]
-    if not anyway and not configurations.runs_on(line.row, limits.vendor):
+    if not anyway and not _is_for(line, limits):
         return None
-    if line.precision == "tf32" and not limits.is_nvidia:
-        return None
+    return gpu_code.read(_compiled(line, gpu, limits), line.row.queries * line.row.keys)
+
+
+def _is_for(line: Line, limits: Target) -> bool:
+    return configurations.runs_on(line.row, limits.vendor) and (line.precision != "tf32" or limits.is_nvidia)
+
+
+def _compiled(line: Line, gpu: Any, limits: Target) -> Any:
+    """What Triton compiled of a line for one of its targets."""
+    from benchmarks import gpu_code
+
     torch.backends.cuda.matmul.fp32_precision = line.precision
     for kind, call, launches in gpu_code.plans(line.case, limits):
         if kind == line.kind:
             tile = gpu_code.tile_of(kind, call, line.row, line.has_bias)
             assert tile is not None, line.name
-            code = gpu_code.compiled(gpu_code.main_launch(launches(line.row, tile)), gpu)
-            return gpu_code.read(code, line.row.queries * line.row.keys)
+            return gpu_code.compiled(gpu_code.main_launch(launches(line.row, tile)), gpu)
     raise LookupError(line.name)
+
+
+def why_not(line: Line, target: str) -> str | None:
+    """Why a line cannot run on one of ``gpu_code.OTHERS``; None if it can, or would not be chosen there."""
+    from benchmarks import gpu_code
+
+    gpu, limits = gpu_code.OTHERS[target]
+    if not _is_for(line, limits) or line.row.shared.get(limits.vendor, 0) > limits.shared:
+        return None
+    try:
+        shared: int = _compiled(line, gpu, limits).metadata.shared
+    except Exception as error:  # the compiler's, of many classes
+        return f"{type(error).__name__}: {error}"
+    return f"{shared} bytes of shared memory, of {limits.shared}" if shared > limits.shared else None
 
 
 #: Most bytes that a thread of a row may spill. The float32 backward with more than 128 channels holds all of them in
@@ -148,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_compile", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", help="glob over rows' ids and kernels")
     parser.add_argument("--write", action="store_true", help="keep the results")
+    parser.add_argument("--others", action="store_true", help="other GPUs: whether rows compile for them and fit")
     parser.add_argument("--output", type=Path, help="a JSON for the results alone: for another Triton than the table's")
     options = parser.parse_args(arguments)
     try:
@@ -157,6 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"gpu_compile needs Triton: {error}. Install it on Linux: pip install triton", file=sys.stderr)
         return 2
+    chosen = [line for line in lines() if any(fnmatchcase(x, options.only) for x in (line.row.id, line.row.kernel))]
+    if options.others:
+        if options.write or options.output:
+            parser.error("--others keeps nothing: leave out --write and --output")
+        return _try_others(chosen)
     is_other = options.output is not None
     path = options.output or RESULTS
     if options.only != "*" and (options.write or is_other) and not _is_of_today(path):
@@ -166,7 +198,6 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    chosen = [line for line in lines() if any(fnmatchcase(x, options.only) for x in (line.row.id, line.row.kernel))]
     found: dict[str, dict[str, Any]] = {}
     bad = []
     for line in chosen:
@@ -188,6 +219,19 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_other:
             _write_configurations(found)
             pages.replace(PAGE, BEGIN, END, f"\n{table(triton.__version__, found)}\n")
+    return 1 if bad else 0
+
+
+def _try_others(chosen: list[Line]) -> int:
+    from benchmarks import gpu_code
+
+    bad = 0
+    for target in gpu_code.OTHERS:
+        whys = {line.name: why for line in chosen if (why := why_not(line, target)) is not None}
+        for name, why in whys.items():
+            print(f"{name} on {target}: {why}", file=sys.stderr, flush=True)
+        print(f"{target:8} {len(whys)} of {len(chosen)} do not run", flush=True)
+        bad += len(whys)
     return 1 if bad else 0
 
 

@@ -456,6 +456,16 @@ def test_compiled_for_real_targets_as_the_table_says():
                 assert each == table["lines"][name][target], (name, target)
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiles_for_other_gpus_and_says_what_does_not_fit():
+    found = code()["others"]
+    assert "of shared memory, of 1024" in found.pop("tiny")
+    assert len(found) == 6
+    assert not any(found.values()), found
+
+
 @pytest.mark.parametrize(
     "name, command",
     [

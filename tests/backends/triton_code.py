@@ -63,12 +63,23 @@ def of_pointers(case: Case, target: str) -> list[str]:
     return found
 
 
+def on_others(line: gpu_compile.Line) -> dict[str, str | None]:
+    """Why the line does not run on each of the other GPUs; under "tiny" on one with a kilobyte of shared memory."""
+    found = {target: gpu_compile.why_not(line, target) for target in gpu_code.OTHERS}
+    gpu, limits = gpu_code.OTHERS["sm_120"]
+    gpu_code.OTHERS["tiny"] = gpu, limits._replace(shared=1024)
+    return {**found, "tiny": gpu_compile.why_not(replace(line, row=replace(line.row, shared={})), "tiny")}
+
+
 def main() -> None:
     codes = {}
+    others = {}
     for line in gpu_compile.lines():
         if line.name in LINES:
             found = {target: gpu_compile.compile_line(line, target) for target in gpu_code.TARGETS}
             codes[line.name] = {target: code._asdict() for target, code in found.items() if code is not None}
+        if line.name == LINES[0]:
+            others = on_others(line)
     same = {}
     plain = Case("map", (56, 56), 2, 32, (7, 7), batch=2, has_bias=True, dtype="bfloat16")
     for name, case in {
@@ -85,7 +96,7 @@ def main() -> None:
         same[name] = len(found)
     paths = {name: path_of(case, "sm_90") for name, case in PATHS.items()}
     pointers = len(set(of_pointers(plain, "sm_90")))
-    report = {"codes": codes, "specializations": same, "pointers": pointers, "paths": paths}
+    report = {"codes": codes, "specializations": same, "pointers": pointers, "paths": paths, "others": others}
     print(json.dumps({"triton": triton.__version__, **report}))
 
 
