@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from nbhd.errors import ArgumentError
 from nbhd.models import NatConfig, NatForImageClassification, NatModel
@@ -177,6 +178,41 @@ def test_variant_settings_can_be_overridden_and_are_not_shared() -> None:
     assert NatConfig.from_variant("nat_mini", id2label={0: "a", 1: "b", 2: "c"}).num_labels == 3
     with pytest.raises(ArgumentError, match=r"nat_mini, .*'nat_tinny'. Did you mean 'nat_tiny'"):
         NatConfig.from_variant("nat_tinny")
+
+
+def test_heads_under_their_other_name() -> None:
+    heads = [1, 2, 4, 8]
+    for config in (
+        NatConfig(num_attention_heads=tuple(heads)),
+        NatConfig(num_heads=heads, num_attention_heads=heads),
+        NatConfig(num_attention_heads=heads, num_hidden_layers=9),
+        NatConfig.from_dict({"num_attention_heads": heads}),
+        NatConfig.from_dict({"num_heads": [2] * 4}, num_attention_heads=heads),
+        NatConfig.from_dict({"num_attention_heads": [2] * 4}, num_heads=heads),
+        NatConfig.from_variant("nat_mini", num_attention_heads=heads),
+    ):
+        assert (config.num_heads, config.num_attention_heads, config.num_layers) == (heads, heads, 4)
+        assert "num_attention_heads" not in config.to_dict()
+    assert NatConfig(num_attention_heads=None).num_heads == [2, 4, 8, 16]
+    different = {"num_heads": (2, 4, 8, 16), "num_attention_heads": heads}
+    for make in (lambda: NatConfig(**different), lambda: NatConfig.from_dict({}, **different)):
+        with pytest.raises(ArgumentError, match=r"num_heads and num_attention_heads .* must not differ"):
+            make()
+    with pytest.raises(ArgumentError, match="num_attention_heads must be a list"):
+        NatConfig(num_attention_heads=4)
+
+
+@pytest.mark.skipif(not dataclasses.is_dataclass(PreTrainedConfig), reason="no dataclass in this transformers")
+def test_replacing_settings_keeps_the_others() -> None:
+    config = NatConfig(**SMALL, dilations=[[2], [1]], mlp_ratio=2, num_labels=7, out_features=["stage1"])
+    assert dataclasses.replace(config) == config
+    for changes in ({"hidden_act": "relu"}, {"out_features": ["stem"]}, {"out_indices": [0]}, {"num_heads": (2, 2)}):
+        found = dataclasses.replace(config, **changes)
+        assert found.to_dict() == NatConfig.from_dict(config.to_dict(), **changes).to_dict()
+    other = dataclasses.replace(config, depths=[1, 1, 1], num_heads=[1, 1, 1], dilations=None)
+    assert (other.out_features, other.num_layers, other.embed_dim) == (["stage3"], 3, 8)
+    assert dataclasses.asdict(config)["depths"] == [1, 1]
+    assert {name: dataclasses.asdict(config)[name] for name in SMALL} == SMALL
 
 
 def test_backbone_stages_stay_aligned() -> None:

@@ -16,6 +16,13 @@ from nbhd.errors import ArgumentError
 from nbhd.models import NatImageProcessor
 from nbhd.models._transformers import AutoImageProcessor
 
+try:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil as ViTImageProcessor
+except ImportError:  # before transformers had one class for each backend
+    from transformers.models.vit.image_processing_vit import ViTImageProcessor
+
+PHOTO = Path(__file__).parents[3] / "examples" / "photos" / "church.jpg"
+
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -184,6 +191,132 @@ def test_wrong_images_are_named() -> None:
         NatImageProcessor.for_image_size(0)
     with pytest.raises(ArgumentError, match="crop_pct"):
         NatImageProcessor.for_image_size(224, crop_pct=2)
+
+
+def test_what_transformers_processors_take_is_taken() -> None:
+    image, processor = picture(), NatImageProcessor()
+    same = processor(image, return_tensors="np")["pixel_values"]
+    settings = {"device": "cpu", "disable_grouping": True, "do_pad": False, "pad_size": None, "data_format": None,
+                "size": None, "size_divisor": None}  # fmt: skip
+    found = processor(image, return_tensors="np", **settings)["pixel_values"]  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, same)
+    for name, value in [("do_pad", True), ("pad_size", {"height": 9, "width": 9}), ("disable_groupings", False)]:
+        with pytest.raises(ArgumentError, match=f"^{name} is not an argument"):
+            processor(image, **{name: value})
+
+
+def test_attributes_are_read_as_arguments_are() -> None:
+    image, processor = picture(), NatImageProcessor()
+    settings: dict[str, Any] = {"size": 64, "crop_size": (32, 48), "image_mean": 0.5, "image_std": 0.25}
+    settings["resample"] = PIL.Image.Resampling.BILINEAR
+    for name, value in settings.items():
+        setattr(processor, name, value)
+    same = NatImageProcessor(**settings)
+    np.testing.assert_array_equal(processor(image)["pixel_values"], same(image)["pixel_values"])
+    for name in settings:
+        setattr(processor, name, None)
+    np.testing.assert_array_equal(processor(image)["pixel_values"], NatImageProcessor()(image)["pixel_values"])
+    processor.size = "large"  # type: ignore[assignment]
+    with pytest.raises(ArgumentError, match="size must be"):
+        processor(image)
+
+
+def test_no_images_make_no_batch() -> None:
+    assert NatImageProcessor()([])["pixel_values"] == []
+    with pytest.raises(ArgumentError, match="images must be at least one for return_tensors='pt', got none"):
+        NatImageProcessor()([], return_tensors="pt")
+
+
+# What transformers 4 wrote
+
+
+def folder_with(path: Path, settings: dict[str, Any]) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "nat"}')
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"image_processor_type": "ViTImageProcessor"},
+        {"image_processor_type": "ViTImageProcessorFast"},
+        {"image_processor_type": "ViTImageProcessorPil"},
+        {"image_processor_type": None, "feature_extractor_type": "ViTFeatureExtractor"},
+        {"image_processor_type": "ViTFeatureExtractor", "feature_extractor_type": "ViTFeatureExtractor"},
+    ],
+    ids=lambda kind: "-".join(map(str, kind.values())),
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_resize": True, "size": 96, "do_normalize": True},
+        {"size": {"height": 60, "width": 90}, "resample": 3, "image_mean": MEAN.tolist(), "image_std": STD.tolist()},
+        {"size": [60, 90], "rescale_factor": 1 / 127.5, "crop_pct": 0.875},
+        {"size": 50, "do_rescale": False},
+        {"do_resize": False},
+    ],
+    ids="-".join,
+)
+def test_vits_settings_make_vits_pixels(tmp_path: Path, settings: dict[str, Any], kind: dict[str, Any]) -> None:
+    image = PIL.Image.open(PHOTO).convert("RGB")
+    expected = ViTImageProcessor(**settings)(image, return_tensors="np")["pixel_values"]
+    folder = folder_with(tmp_path / "vit", settings | kind)
+    processor = NatImageProcessor.from_pretrained(folder)
+    processor.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"] == "NatImageProcessor"
+    processors = [
+        processor,
+        NatImageProcessor.from_json_file(folder / "preprocessor_config.json"),
+        AutoImageProcessor.from_pretrained(tmp_path / "again"),
+        *([] if kind else [AutoImageProcessor.from_pretrained(folder)]),
+    ]
+    for found in processors:
+        assert type(found) is NatImageProcessor
+        pixels = found(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(pixels, expected, atol=2e-6, rtol=1e-6)
+
+
+def test_vits_settings_that_are_null_are_its_defaults() -> None:
+    nulls = dict.fromkeys(["size", "resample", "image_mean", "do_center_crop", "crop_size", "do_resize", "device"])
+    found = NatImageProcessor.from_dict({"image_processor_type": "ViTImageProcessorFast", **nulls})
+    assert found.to_dict() == NatImageProcessor.from_dict({"image_processor_type": "ViTImageProcessor"}).to_dict()
+
+
+def test_vits_settings_never_crop_unless_told_in_the_call() -> None:
+    settings = {"size": 64, "do_center_crop": True, "crop_size": 32, "image_processor_type": "ViTImageProcessor"}
+    with pytest.warns(UserWarning, match="do_center_crop .* has no effect"):
+        processor = NatImageProcessor.from_dict(settings)
+    assert processor(picture())["pixel_values"][0].shape == (3, 64, 64)
+    processor = NatImageProcessor.from_dict(settings, do_center_crop=True, crop_size=24, size=40)
+    assert processor.size == {"shortest_edge": 40}
+    assert processor(picture())["pixel_values"][0].shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_processor_type": "NatImageProcessor"},
+        {"image_processor_type": "NatImageProcessor", "size": 64},
+        {"image_processor_type": "NatImageProcessor", "feature_extractor_type": "ViTFeatureExtractor"},
+        {"size": {"shortest_edge": 64}},
+        {"do_center_crop": True, "size": 64},
+        {"crop_size": 48},
+        NatImageProcessor(size=70).to_dict(),
+        {name: value for name, value in NatImageProcessor(size=70).to_dict().items() if name != "image_processor_type"},
+    ],
+    ids="-".join,
+)
+def test_its_own_settings_stay_its_own(tmp_path: Path, settings: dict[str, Any]) -> None:
+    own = NatImageProcessor(**settings).to_dict()
+    read = NatImageProcessor.from_pretrained(folder_with(tmp_path / "own", settings))
+    for found in (NatImageProcessor.from_dict(settings), read):
+        assert found.to_dict() == own
+        assert (found.resample, found.image_mean) == (3, list(MEAN))
 
 
 def test_settings_survive_the_disk(tmp_path: Path) -> None:

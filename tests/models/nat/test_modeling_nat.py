@@ -166,6 +166,9 @@ def test_forward_takes_the_arguments_in_the_order_of_4_40_2() -> None:
 def test_input_embeddings_are_the_patch_embeddings() -> None:
     for model in (build(NatModel), build(), build(NatBackbone)):
         assert isinstance(model.get_input_embeddings(), layers.NatPatchEmbeddings)
+        others = copy.deepcopy(model.get_input_embeddings())
+        model.set_input_embeddings(others)
+        assert model.get_input_embeddings() is model.base_model.embeddings.patch_embeddings is others
 
 
 @pytest.mark.parametrize(

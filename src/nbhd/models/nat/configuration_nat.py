@@ -20,6 +20,8 @@ from nbhd.models._transformers import BackboneConfigMixin
 from nbhd.models.nat.variants import VARIANTS
 
 PATCH_SIZES = (2, 4, 8)
+#: The default; no other object is it, so that heads that were given can be told from it.
+_HEADS = (2, 4, 8, 16)
 
 #: Arguments of ``from_pretrained`` that say where to look, not what to set.
 _DOWNLOAD_ARGUMENTS = (
@@ -39,7 +41,8 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         num_channels: channels of the image.
         embed_dim: channels of the first stage; stage ``i`` (from 0) has ``embed_dim * 2**i``.
         depths: layers of each stage.
-        num_heads: attention heads of each stage; they must divide its channels.
+        num_heads: attention heads of each stage; they must divide its channels. ``num_attention_heads`` is another name
+            of it.
         kernel_size: side of the attention window. A smaller map is first zero-padded at its lower and right border.
         mlp_ratio: hidden channels of the MLP, as a multiple of the stage's channels (rounded down).
         qkv_bias: whether query, key and value have biases.
@@ -69,14 +72,35 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
     model_type = "nat"
     attribute_map = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # noqa: RUF012
 
-    # Hand-written rather than dataclass fields: 4.40.2 took positional arguments and did not tell 2 from 2.0.
+    # Where transformers makes dataclasses of configurations, what `dataclasses.replace` and `asdict` take along.
+    patch_size: int
+    num_channels: int
+    embed_dim: int
+    depths: list[int]
+    num_heads: list[int]
+    kernel_size: int
+    mlp_ratio: float
+    qkv_bias: bool
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
+    drop_path_rate: float
+    hidden_act: str | Callable
+    initializer_range: float
+    layer_norm_eps: float
+    layer_scale_init_value: float
+    dilations: list[list[int]] | None
+    stage_names: list[str]
+    _out_features: list[str] | None
+    _out_indices: list[int] | None
+
+    # Hand-written rather than the dataclass's: 4.40.2 took positional arguments and did not tell 2 from 2.0.
     def __init__(
         self,
         patch_size: int = 4,
         num_channels: int = 3,
         embed_dim: int = 64,
         depths: Sequence[int] = (3, 4, 6, 5),
-        num_heads: Sequence[int] = (2, 4, 8, 16),
+        num_heads: Sequence[int] = _HEADS,
         kernel_size: int = 7,
         mlp_ratio: float = 3.0,
         qkv_bias: bool = True,
@@ -92,6 +116,11 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         dilations: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if (heads := kwargs.pop("num_attention_heads", None)) is not None:
+            num_heads = _one_of_both(num_heads, heads)
+        # From `dataclasses.replace`: the stages that were selected out of these.
+        selected = kwargs.pop("_out_features", None), kwargs.pop("_out_indices", None)
+        selected_from = kwargs.pop("stage_names", None)
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.num_channels = num_channels
@@ -117,6 +146,8 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         # Channels after the last stage; VisionEncoderDecoderModel asks for this name.
         self.hidden_size = int(self.embed_dim * 2 ** (len(self.depths) - 1))
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(len(self.depths)))]
+        if out_features is None and out_indices is None and selected_from == self.stage_names:
+            out_features, out_indices = selected
         self._select_stages(out_features, out_indices)
 
     @classmethod
@@ -134,6 +165,8 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         settings: dict[str, Any] = copy.deepcopy(VARIANTS[name])
         if "id2label" not in overrides:
             settings["num_labels"] = 1000
+        if overrides.get("num_attention_heads") is not None:
+            del settings["num_heads"]
         return cls(**(settings | overrides))
 
     @classmethod
@@ -166,7 +199,11 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         settings = _without_dinat(config_dict)
         known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+        if (heads := kwargs.pop("num_attention_heads", None)) is not None:
+            kwargs["num_heads"] = _one_of_both(kwargs.get("num_heads", _HEADS), heads)
         given = {name: kwargs.pop(name) for name in tuple(kwargs) if name in known}
+        if "num_heads" in given:
+            settings = {name: value for name, value in settings.items() if name != "num_attention_heads"}
         depths = _as_list("depths", given.get("depths", settings.get("depths", ())))
         has_other_stages = len(depths) != len(settings.get("depths", depths))
         if has_other_stages or given.keys() & {"out_features", "out_indices"}:
@@ -298,6 +335,17 @@ def _as_list(name: str, value: Any) -> list:
         )
     # what goes into a JSON must be Python's own numbers
     return [entry.tolist() if isinstance(entry, (np.generic, np.ndarray)) else entry for entry in value]
+
+
+def _one_of_both(num_heads: Any, num_attention_heads: Any) -> list:
+    """The heads under both of their names, one of which may be left at the default."""
+    heads = _as_list("num_attention_heads", num_attention_heads)
+    if num_heads is not _HEADS and _as_list("num_heads", num_heads) != heads:
+        raise ArgumentError(
+            f"num_heads and num_attention_heads are two names of the same and must not differ, got {num_heads!r} and "
+            f"{num_attention_heads!r}. Give one of them."
+        )
+    return heads
 
 
 def _inside(config_dict: dict[str, Any], name: object) -> dict[str, Any]:

@@ -7,7 +7,11 @@ bicubic interpolation, the middle 224 x 224 (256 * 0.875), ImageNet's mean and s
 
 from __future__ import annotations
 
+import json
+import os
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +27,32 @@ from nbhd.errors import ArgumentError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BICUBIC = int(PIL.Image.Resampling.BICUBIC)
+SHORTEST_EDGE = 256
+CROP_SIZE = 224
+
+#: Names in files that ViT's image processor wrote.
+_VIT_TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
+#: What ViT's image processor does where its file does not say; it has no crop.
+_VIT_DEFAULTS: dict[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "resample": int(PIL.Image.Resampling.BILINEAR),
+    "do_center_crop": False,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+#: Arguments of transformers' image processors that change nothing here: everything runs on the CPU, image by image.
+_WITHOUT_EFFECT = ("device", "disable_grouping")
+#: Those of a step that is not here, and may only be switched off.
+_OFF = ("do_pad", "pad_size")
 
 Size = int | Sequence[int] | Mapping[str, int]
 
 
 class NatImageProcessor(BaseImageProcessor):
     """Resize, crop the middle, scale to [0, 1], normalise. Each step can be switched off, here or in a call.
+
+    ``from_pretrained`` also reads what transformers 4 wrote for NAT and DiNAT, which had ViT's image processor; see
+    `from_dict`.
 
     Args:
         do_resize: whether to resize.
@@ -68,15 +92,15 @@ class NatImageProcessor(BaseImageProcessor):
     ) -> None:
         super().__init__(**kwargs)
         self.do_resize = do_resize
-        self.size = _size("size", 256 if size is None else size, square=False)
+        self.size = _size("size", _given(size, SHORTEST_EDGE), square=False)
         self.resample = _resample(resample)
         self.do_center_crop = do_center_crop
-        self.crop_size = _size("crop_size", 224 if crop_size is None else crop_size, square=True)
+        self.crop_size = _size("crop_size", _given(crop_size, CROP_SIZE), square=True)
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.image_mean = _channels(IMAGENET_MEAN if image_mean is None else image_mean)
-        self.image_std = _channels(IMAGENET_STD if image_std is None else image_std)
+        self.image_mean = _channels(_given(image_mean, IMAGENET_MEAN))
+        self.image_std = _channels(_given(image_std, IMAGENET_STD))
         self.do_convert_rgb = do_convert_rgb
 
     @classmethod
@@ -95,6 +119,35 @@ class NatImageProcessor(BaseImageProcessor):
         if not 0 < crop_pct <= 1:
             raise ArgumentError(f"crop_pct must be in (0, 1], got {crop_pct!r}. Published models use 0.875.")
         return cls(size={"shortest_edge": int(image_size / crop_pct)}, crop_size=image_size, **kwargs)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The processor with these settings; with those of ViT's processor it makes the pixels that ViT's makes.
+
+        ViT's are those whose ``image_processor_type`` or ``feature_extractor_type`` says so, and those without a type,
+        as transformers 4.40.2 read them, unless they have what ViT's has not: ``do_center_crop``, ``crop_size``, or a
+        ``size`` with a ``shortest_edge``. There an integer ``size`` is the side of a square, 224 by default, the mean
+        and the standard deviation are 0.5 and the interpolation is bilinear unless they say otherwise, and nothing is
+        cropped, even if they ask for it.
+
+        Args:
+            image_processor_dict: what a ``preprocessor_config.json`` holds.
+            **kwargs: arguments of the class, which win over the settings.
+        """
+        settings = _without_vit(image_processor_dict)
+        is_vit = settings is not image_processor_dict
+        if is_vit and image_processor_dict.get("do_center_crop") and kwargs.get("do_center_crop") is None:
+            warnings.warn(
+                "do_center_crop in the settings of ViT's image processor has no effect, as in transformers 4.40.2. "
+                "Pass do_center_crop=True and crop_size if the model was trained with a crop.",
+                stacklevel=2,
+            )
+        return super().from_dict(settings, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
+        """The processor with the settings in a file, read as by `from_dict`."""
+        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
 
     @property
     def backend(self) -> str:
@@ -116,7 +169,7 @@ class NatImageProcessor(BaseImageProcessor):
         image_std: float | Sequence[float] | None = None,
         do_convert_rgb: bool | None = None,
         return_tensors: str | TensorType | None = None,
-        data_format: str = "channels_first",
+        data_format: str | None = "channels_first",
         input_data_format: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -131,32 +184,40 @@ class NatImageProcessor(BaseImageProcessor):
             data_format: ``"channels_first"`` or ``"channels_last"``, of the result.
             input_data_format: the same of arrays and tensors; default: told from the shape.
 
-        The other arguments are those of the class and default to the processor's.
+        The other arguments are those of the class and default to the processor's. ``device`` and ``disable_grouping``,
+        which transformers' image processors take, have no effect: the result is on the CPU.
 
         Returns:
             `transformers.BatchFeature` with ``pixel_values``.
 
         Raises:
-            ArgumentError: an argument or an image is not of a kind described here, or images of a batch differ in size.
+            ArgumentError: an argument or an image is not of a kind described here, images of a batch differ in size, or
+                there are none to make a batch of.
         """
-        if kwargs:
+        unknown = [
+            name
+            for name, value in kwargs.items()
+            if not (value is None or name in _WITHOUT_EFFECT or (name in _OFF and not value))
+        ]
+        if unknown:
             raise ArgumentError(
-                f"{', '.join(kwargs)} is not an argument of NatImageProcessor. It takes do_resize, size, resample, "
+                f"{', '.join(unknown)} is not an argument of NatImageProcessor. It takes do_resize, size, resample, "
                 "do_center_crop, crop_size, do_rescale, rescale_factor, do_normalize, image_mean, image_std, "
                 "do_convert_rgb, return_tensors, data_format and input_data_format."
             )
         do_resize = self.do_resize if do_resize is None else do_resize
-        target = self.size if size is None else _size("size", size, square=False)
-        resample = self.resample if resample is None else _resample(resample)
+        # Of the attributes too: they may have been set since.
+        target = _size("size", _given(size, self.size, SHORTEST_EDGE), square=False)
+        resample = _resample(_given(resample, self.resample, BICUBIC))
         do_center_crop = self.do_center_crop if do_center_crop is None else do_center_crop
-        crop = self.crop_size if crop_size is None else _size("crop_size", crop_size, square=True)
+        crop = _size("crop_size", _given(crop_size, self.crop_size, CROP_SIZE), square=True)
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         rescale_factor = self.rescale_factor if rescale_factor is None else rescale_factor
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
-        mean = self.image_mean if image_mean is None else _channels(image_mean)
-        std = self.image_std if image_std is None else _channels(image_std)
+        mean = _channels(_given(image_mean, self.image_mean, IMAGENET_MEAN))
+        std = _channels(_given(image_std, self.image_std, IMAGENET_STD))
         do_convert_rgb = self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb
-        data_format = getattr(data_format, "value", data_format)
+        data_format = "channels_first" if data_format is None else getattr(data_format, "value", data_format)
         if data_format not in ("channels_first", "channels_last"):
             raise ArgumentError(f"data_format must be 'channels_first' or 'channels_last', got {data_format!r}.")
 
@@ -188,6 +249,11 @@ class NatImageProcessor(BaseImageProcessor):
 
         shapes = {pixels.shape for pixels in pixel_values}
         if return_tensors is not None:
+            if not shapes:
+                raise ArgumentError(
+                    f"images must be at least one for return_tensors={str(return_tensors)!r}, got none. Skip empty "
+                    "batches, or leave return_tensors out for an empty list."
+                )
             if len(shapes) > 1:
                 raise ArgumentError(
                     f"return_tensors={str(return_tensors)!r} needs images of one size, got {sorted(shapes)}. "
@@ -195,6 +261,29 @@ class NatImageProcessor(BaseImageProcessor):
                 )
             return BatchFeature({"pixel_values": np.stack(pixel_values)}, tensor_type=return_tensors)
         return BatchFeature({"pixel_values": pixel_values})
+
+
+def _without_vit(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with which `NatImageProcessor` does what ViT's does with these; those of others as they are."""
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    size = settings.get("size")
+    if kind is None:
+        has_crop = "do_center_crop" in settings or "crop_size" in settings
+        is_vit = not has_crop and not (isinstance(size, Mapping) and "shortest_edge" in size)
+    else:
+        is_vit = kind in _VIT_TYPES
+    if not is_vit:
+        return settings
+    left_out = ("image_processor_type", "feature_extractor_type", "do_center_crop", "crop_size")
+    found = {name: value for name, value in settings.items() if value is not None and name not in left_out}
+    if type(size) is int:
+        found["size"] = (size, size)
+    return _VIT_DEFAULTS | found
+
+
+def _given(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _size(name: str, value: Any, square: bool) -> dict[str, int]:

@@ -85,6 +85,7 @@ class NatPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["NatEmbeddings", "NatLayer"]  # noqa: RUF012
+    _input_embed_layer = "patch_embeddings"
     #: What stands before the names of `NatModel`'s weights.
     _nat_prefix = ""
     #: Names in folders of other makes, as patterns: a DiNAT's are a NAT's but for the first word.
@@ -203,9 +204,6 @@ class NatModel(NatPreTrainedModel):
         self.encoder = NatEncoder(config)
         self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
 
     def forward(
         self,
@@ -329,9 +327,6 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
             {stage: nn.LayerNorm(channels) for stage, channels in zip(self.out_features, self.channels, strict=True)}
         )
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
 
     def forward(
         self,
