@@ -84,6 +84,8 @@ SHORT = {
     "nat": case((8, 9), 7, heads=2, dim=32),
     "loop": case((4, 37), (4, 33), dim=64, heads=2, kv_heads=1),
     "sequence": case((70,), 33, c=True, dim=40),
+    # what they have in common must leave no trace in the gradients of scores
+    "values-with-a-mean": case((8, 9), 7, heads=2, dim=32, mean=16),
 }
 UNFUSED = {
     "nat": case((8, 9), 7, heads=2, dim=32),
@@ -106,6 +108,8 @@ def make(which: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> tuple[tupl
     key, value = (normal(*lead, which["kv_heads"], which[n]) for n in ("dim", "dim_v"))
     bias = normal(which["heads"], *(2 * k - 1 for k in neighborhood.kernel_size), kind=F32) if which["bias"] else None
     d_out = normal(*lead, which["heads"], which["dim_v"])
+    if which.get("mean"):  # in 16 bits exact to a hundredth of it
+        value, d_out = value + which["mean"], d_out + 1
     d_lse = normal(*lead, which["heads"], kind=F32) if which.get("with_lse", True) else None
     return (query, key, value, bias), (d_out, d_lse), neighborhood, which.get("scale", which["dim"] ** -0.5)
 

@@ -165,9 +165,11 @@ class Map:
 
     def admit(self, *tensors: Tensor) -> None:
         """Take note of what divides the strides of ``tensors`` and whether offsets in an image need 64 bits."""
+        wide, align = self.wide, self.align
         for tensor in tensors:
-            is_wide, align = _layout(tensor.shape, tensor.stride())
-            self._note(self.wide or is_wide, min(self.align, align))
+            is_wide, of_tensor = _layout(tensor.shape, tensor.stride())
+            wide, align = wide or is_wide, min(align, of_tensor)
+        self._note(wide, align)
 
     def admit_rows(self, width: int) -> None:
         """The same for a contiguous tensor ``[batch, *spatial, heads, width]``."""
@@ -227,7 +229,7 @@ class Map:
         shape = (self.heads, size + 2 * padding)
         constants = {"SIZE": size, "PADDING": padding, "BLOCK": 1024}
         options = {} if self.target.vendor == "interpreter" else {"num_warps": 4}
-        return shape, (math.ceil(shape[1] / 1024), self.heads), constants, options
+        return shape, (self.heads, math.ceil(shape[1] / 1024)), constants, options  # the first axis is the long one
 
 
 #: Maps by layout. A model makes the same calls over and over, and a small one is over sooner than it is planned.

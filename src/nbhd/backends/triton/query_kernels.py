@@ -1,11 +1,13 @@
 """The backward kernels of queries: their gradient, delta and, where a box of keys is enough, the bias gradient.
 
-    delta = rowsum(out * d_out) - d_lse       stored for the kernels that follow
+    delta = rowsum(P * dP) - d_lse            stored for the kernels that follow
     dS = P * (dP - delta)                     dQ = scale * dS K
 
-``query_once`` and ``query_loop`` correspond to ``forward_once`` and ``forward_loop``. After ``query_loop`` the bias
-gradient is made by ``table_kernels``. ``PARTS`` is 3 where the gradients of query, key and value are parts of one
-tensor ``[batch, *spatial, 3, heads, dim]``, else 1, and nothing of it is left in the machine code.
+``query_once`` and ``query_loop`` correspond to ``forward_once`` and ``forward_loop``. The loop, which has a part of P
+at a time, takes ``rowsum(out * d_out)`` for ``rowsum(P * dP)``; there delta has the rounding of ``out``. After
+``query_loop`` the bias gradient is made by ``table_kernels``. ``PARTS`` is 3 where the gradients of query, key and
+value are parts of one tensor ``[batch, *spatial, 3, heads, dim]``, else 1, and nothing of it is left in the machine
+code.
 """
 
 from __future__ import annotations
@@ -56,9 +58,13 @@ def _delta(
     o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV: tl.constexpr,
     BDV: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store delta of the rows ``base + row``."""
+    """Delta of the rows ``base + row``, from the output, and store it."""
     o = load_rows(o_ptr + base * DV, row * DV, DV, BDV)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), -1)
+    return _kept(tl.sum(o.to(tl.float32) * do.to(tl.float32), -1), dlse_ptr, delta_ptr, base, row, inside, HAS_DLSE)
+
+
+@triton.jit
+def _kept(delta, dlse_ptr, delta_ptr, base, row, inside, HAS_DLSE: tl.constexpr):
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + base + row)
     tl.store(delta_ptr + base + row, delta, mask=inside)
@@ -120,13 +126,19 @@ def query_once(
         b = (start + i).to(tl.int64)
         base = b * size + head
         do = load_box(do_ptr + b * far(gsb, ALIGN), gs, u, g, G, d, TQ, DV, BDV)
-        delta = _delta(o_ptr, dlse_ptr, delta_ptr, do, base, row, inside, DV, BDV, HAS_DLSE)
         lse = tl.load(lse_ptr + base + row) * LOG2E
         q = load_box(q_ptr + b * far(qsb, ALIGN), qs, u, g, G, d, TQ, D, BD)
         k = load_box(k_ptr + b * far(ksb, ALIGN), ks, f, g, G, d, TK, D, BD)
         v = load_box(v_ptr + b * far(vsb, ALIGN), vs, f, g, G, d, TK, DV, BDV)
         w = tl.exp2(dot_nt(q, k, PREC) * scale + term - lse[:, None])
-        ds = w * (dot_nt(do, v, PREC) - delta[:, None])
+        dp = dot_nt(do, v, PREC)
+        delta = tl.sum(w * dp, 1)
+        if v.dtype == tl.float32:
+            # The rounding of lse keeps the weights from adding up to one; with this dS still adds up to nothing, as it
+            # must where values have much in common. A repeated row has no weights.
+            delta = delta / tl.maximum(tl.sum(w, 1), 1.0e-30)
+        delta = _kept(delta, dlse_ptr, delta_ptr, base, row, inside, HAS_DLSE)
+        ds = w * (dp - delta[:, None])
         if HAS_BIAS:
             total += ds
         dq = dot(ds.to(k.dtype), k, PREC)

@@ -132,8 +132,8 @@ def bias_column(p, AXES: tl.constexpr):
 @triton.jit
 def pad_table(source, padded, SIZE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr):
     """The bias of each head in float32 times log2(e), zeros around it: what the kernels gather from."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.program_id(0).to(tl.int64)
     inside = (i >= PADDING) & (i < SIZE + PADDING)
     x = tl.load(source + h * SIZE + (i - PADDING), mask=inside, other=0.0).to(tl.float32) * LOG2E
     tl.store(padded + h * (SIZE + 2 * PADDING) + i, x, mask=i < SIZE + 2 * PADDING)
