@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nbhd.errors import FileError
+from nbhd.errors import FileError, WrongFile
 
 #: A new file, never one that is there, and never through a link.
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
@@ -26,7 +26,8 @@ def write_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         mode: ``"wb"`` or ``"w"`` (UTF-8, no newline translation).
 
     Raises:
-        FileError: the folder does not exist, or the file cannot be written (no permission, no space).
+        WrongFile: the folder does not exist, or ``path`` is one.
+        FileError: the file cannot be written (no permission, no space).
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"mode must be 'wb' or 'w', got {mode!r}")
@@ -39,9 +40,9 @@ def write_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     # A link is followed, so that replacing the file does not replace the link.
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileError(f"cannot write {path}: the folder {target.parent} does not exist. Create it first.")
+        raise WrongFile(f"cannot write {path}: the folder {target.parent} does not exist. Create it first.")
     if target.is_dir():
-        raise FileError(f"cannot write {path}: it is a folder. Name a file.")
+        raise WrongFile(f"cannot write {path}: it is a folder. Name a file.")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     # Named first and created inside the block that removes it: an interrupt may come right behind the creation.
     # File systems limit names in bytes, so the name is cut by bytes.

@@ -5,6 +5,7 @@
     ├── BackendError      (also RuntimeError)  a named backend cannot run this call, or none can
     ├── MissingExtra      (also ImportError)   an optional library is not installed; the message names the extra
     ├── FileError         (also OSError)       an input file is unreadable, damaged or not what it should be
+    │   └── WrongFile                          what was named is not there, or is of another kind: no file failed
     ├── CheckpointError   (also ValueError)    a checkpoint does not fit, or is not one
     └── RecipeError       (also ValueError)    a recipe has an unknown key or a value of the wrong kind
 
@@ -37,6 +38,10 @@ class MissingExtra(NbhdError, ImportError):
 
 class FileError(NbhdError, OSError):
     """A file cannot be read, or its content is not what it should be."""
+
+
+class WrongFile(FileError):
+    """What was named is not there, or is of another kind: a mistake of the caller, and no file that failed."""
 
 
 class CheckpointError(NbhdError, ValueError):

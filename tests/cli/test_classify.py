@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from nbhd.backends import cpu
 from nbhd.cli import _console
+from nbhd.cli._console import INSTRUCTION_SETS
 from nbhd.tasks.classification import Classifier
 from tests.commands import nbhd
 from tests.files import as_ordinary_user
 from tests.pictures import bombs, encode, noise
+from tests.processes import ROOT
 from tests.tiny import LABELS, write_classifier
 
 Run = Callable[..., Any]
@@ -276,11 +280,16 @@ def test_a_file_that_may_not_be_read(classify: Run, photos: Path, tiny_model: Pa
         (("photos", "--device", "gpu"), "nbhd: device 'gpu': not a name torch knows. Use one of"),
         (("photos", "--device", ""), "nbhd: device '': not a name torch knows"),
         (("photos", "--model", "./none"), "nbhd: model './none': there is no such folder."),
+        (("photos", "--model", ""), "nbhd: model must be named, got ''."),
+        (("photos", "--model", "none.onnx"), "nbhd: model 'none.onnx': there is no such file."),
+        (("photos", "--model", "some/none.pth"), "nbhd: model 'some/none.pth': there is no such file."),
         (("photos", "--model", "photos"), "nbhd: photos is not a model: photos holds no config.json."),
         (("photos", "--model", "photos/a.png"), "nbhd: model 'photos/a.png' is a file."),
         (("photos", "--format", "parquet"), "nbhd: --format parquet goes into a file. Give --output FILE."),
         (("photos", "--output", "out.xyz"), "nbhd: --output out.xyz: its ending does not say in which format."),
         (("photos", "--output", "none/out.json"), "nbhd: --output none/out.json: the folder none does not exist."),
+        (("photos", "--output", ""), "nbhd: --output must name a file, got ''."),
+        (("photos", "--output", "photos"), "nbhd: --output photos: this is a folder."),
         (("photos", "--output", "photos", "-f", "json"), "nbhd: --output photos: this is a folder."),
         (
             ("photos", "--output", "photos/a.png/x.json"),
@@ -302,6 +311,72 @@ def test_wrong_calls(classify: Run, photos: Path, args: tuple[str, ...], message
     assert "Traceback" not in run.stderr
     assert {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()} == before
     assert os.listdir(".") == ["photos"]
+
+
+def test_original_weights_are_not_a_model_yet(classify: Run, photos: Path) -> None:
+    Path("a folder").mkdir()
+    Path("a folder/nat.pth").write_bytes(b"weights")
+    for named in ("a folder/nat.pth", "a folder"):
+        run = classify("photos", "--model", named)
+        assert (run.exit_code, run.stdout) == (2, "")
+        assert "`nbhd convert 'a folder/nat.pth' FOLDER` makes a model of it" in run.stderr
+
+
+def test_damaged_weights_are_named(photos: Path, tmp_path: Path) -> None:
+    weights = write_classifier(tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for args in (("classify", "photos", "--model", "model"), ("export", "model", "--to", "onnx", "-o", "x.onnx")):
+        run = nbhd(*args)
+        assert (run.exit_code, run.stdout) == (2, "")
+        assert "model/model.safetensors is damaged or cut short. Get it again." in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 99_999_999_999}, "size must be at most 178,956,970 pixels (a side of 13,377 in a square), got 9999"),
+        ({"size": {"height": 10, "width": 20_000_000}}, "size must be at most 178,956,970 pixels"),
+        ({"crop_size": [20_000, 20_000]}, "crop_size must be at most 178,956,970 pixels"),
+        ({"size": {"height": -5, "width": 5}, "image_processor_type": "ViTImageProcessor"}, "pixels of at least 1"),
+        ({"rescale_factor": "x"}, "does not work: could not convert string to float"),
+        (
+            {"image_mean": [0.5, 0.5], "image_std": [1, 1]},
+            "does not work: image_mean and image_std must have one entry for each channel",
+        ),
+    ],
+)
+def test_an_image_processor_that_makes_no_pixels_is_a_bad_model(
+    photos: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    settings = write_classifier(tmp_path / "model") / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | change))
+    run = nbhd("classify", "--model", "model", "--device", "cpu", "photos")
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert message in run.stderr
+    assert "the image processor of model, model/preprocessor_config.json" in run.stderr
+
+
+def test_no_name_is_said_to_be_none(classify: Run, photos: Path) -> None:
+    assert classify("").stderr.startswith("nbhd: '': the name is empty")
+
+
+@pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
+def test_an_unknown_instruction_set_is_said(classify: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NBHD_CPU_ISA", cpu.loaded_library().isa)
+    assert classify("photos").stderr == ""
+    monkeypatch.setenv("NBHD_CPU_ISA", "foo")
+    monkeypatch.setattr(cpu, "why_unusable", lambda: "there are no kernels for NBHD_CPU_ISA='foo'.")
+    run = classify("photos")
+    assert run.exit_code == 0
+    assert run.stderr.startswith("nbhd: warning: there are no kernels for NBHD_CPU_ISA='foo'. Attention on the CPU")
+    assert len(run.stderr.splitlines()) == 1
+    for name in INSTRUCTION_SETS:
+        assert f" {name}" in run.stderr
+
+
+def test_every_instruction_set_is_named() -> None:
+    sets = re.findall(r'^    {"(\w+)", ', (ROOT / "csrc/src/dispatch.cpp").read_text(), re.MULTILINE)
+    assert list(INSTRUCTION_SETS) == sets
 
 
 def test_an_output_without_permission(classify: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,16 @@ def evaluate(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (("--data", ""), "nbhd: data must be named, got ''."),
         (("--data", "data", "--model", "nope/nope/nope"), "there is no such folder"),
         (("--data", "data", "-o", "none/x.json"), "nbhd: --output none/x.json: the folder none does not exist."),
+        (("--data", "data", "-o", "data"), "nbhd: --output data: this is a folder."),
+        (
+            ("--data", "data", "--image-column", "x"),
+            "nbhd: --image-column x: data is a folder of pictures, which has no",
+        ),
+        (
+            ("--data", "data", "--label-column", "x"),
+            "nbhd: --label-column x: data is a folder of pictures, which has no",
+        ),
+        (("--data", "data/tench/0.png"), "a single data file must be .parquet, got '.png'"),
         (("--data", "data", "-o", "data", "-f", "json"), "nbhd: --output data: this is a folder."),
         (("--data", "data", "-o", "x.csv"), "Give --format table|json or an ending of .json, .txt."),
         (("--data", "data", "-o", "x"), "nbhd: --output x: its ending does not say in which format."),

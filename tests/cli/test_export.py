@@ -93,11 +93,16 @@ def test_int8_calibrated_on_pictures_names_those_that_fail(tiny_model, tmp_path)
         (("--to", "onnx", "-o", "a.onnx", "--standalone"), "--standalone is for .pt2 files"),
         (("--to", "onnx", "-o", "a.onnx", "--size", "large"), "--size must be pixels"),
         (("--to", "onnx", "-o", "a.onnx", "--size", "0x5"), "--size must be pixels"),
+        (("--to", "onnx", "-o", "a.onnx", "--size", "999999999999"), "--size must be at most 178,956,970 pixels"),
+        (("--to", "onnx", "-o", "a.onnx", "--size", "9" * 5000), "--size must be at most 178,956,970 pixels"),
+        (("--to", "onnx", "-o", "a.onnx", "--size", "1x999999999"), "--size must be at most 178,956,970 pixels"),
+        (("--to", "onnx", "-o", ""), "--output must name a file, got ''."),
         (("--to", "onnx", "-o", "nowhere/a.onnx"), "does not exist"),
         (("--to", "onnx", "-o", "folder.onnx"), "this is a folder"),
         (("--to", "onnx", "-o", "a.onnx", "--part", "features", "--stages", "stage1"), "--stages goes with"),
         (("./nowhere", "--to", "onnx", "-o", "a.onnx"), "there is no such folder"),
-        (("--to", "onnx", "-o", "a.onnx", "--stages", "stage9"), "stage9"),
+        (("--to", "onnx", "-o", "a.onnx", "--stages", "stage9"), "--stages must be of stem, stage1, stage2,"),
+        (("--to", "onnx", "-o", "a.onnx", "--stages", ""), "got '': there is no ''."),
         (("--to", "tflite", "-o", "a.tflite"), "tflite"),
         (("--to", "onnx", "-o", "a.onnx", "--int8", "--calibrate", "empty"), "no files in this folder"),
     ],
@@ -297,3 +302,30 @@ def test_a_damaged_file_is_named(tmp_path, onnx_file):
     run = nbhd("classify", PHOTOS, "--model", path)
     assert run.exit_code == 2
     assert "cut.onnx is not an exported model" in run.stderr
+
+
+def test_a_pt2_that_is_no_archive_is_named(tmp_path):
+    path = tmp_path / "junk.pt2"
+    path.write_bytes(b"junk")
+    run = nbhd("classify", PHOTOS, "--model", path)
+    assert run.exit_code == 2
+    assert "junk.pt2 is damaged or cut short, or was not written by `nbhd export`" in run.stderr
+
+
+def test_stages_are_taken_in_the_order_of_the_model(tmp_path):
+    folder = _saved(tmp_path / "folder", "NatForImageClassification")
+    assert _load(str(folder), None, "stage2, stem")[0].out_features == ["stem", "stage2"]
+
+
+def test_settings_in_a_file_that_make_no_pixels_are_named(onnx_file, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_file)
+    for entry in model.metadata_props:
+        facts = json.loads(entry.value) if entry.value.startswith("{") else {}
+        if "preprocessing" in facts:
+            facts["preprocessing"]["size"] = {"shortest_edge": 99_999_999_999}
+            entry.value = json.dumps(facts)
+    onnx.save(model, tmp_path / "large.onnx")
+    run = nbhd("classify", PHOTOS, "--model", tmp_path / "large.onnx")
+    assert run.exit_code == 2
+    assert "the image processor in" in run.stderr and "size must be at most" in run.stderr

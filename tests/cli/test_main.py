@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from nbhd import __version__, cli
+from nbhd._files import WrongFile
 from nbhd.cli import COMMANDS
 from nbhd.errors import FileError, RecipeError
+from nbhd.tasks.recipes import find_recipe
 from tests.commands import nbhd
+from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -37,10 +41,32 @@ def test_version() -> None:
     assert (run.exit_code, run.stdout) == (0, f"nbhd {__version__}\n")
 
 
-def test_unknown_command() -> None:
-    run = nbhd("nonsense")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["classifi"], "No such command 'classifi'. Did you mean 'classify'?"),
+        (["classify", "x", "-k", "abc"], "'abc'"),
+        (["classify", "x", "--batch-size", "0"], "0"),
+        (["classify", "x", "-f", "xml"], "'--format' / '-f': 'xml' is not one of 'table', 'json', 'csv', 'parquet'"),
+    ],
+)
+def test_wrong_calls_are_said_with_the_value(args: list[str], message: str) -> None:
+    run = nbhd(*args)
     assert (run.exit_code, run.stdout) == (2, "")
-    assert "No such command 'nonsense'" in run.stderr
+    assert message in run.stderr.splitlines()[-1].partition(": ")[2]
+
+
+def test_recipes_that_are_named_are_there() -> None:
+    """In the help, in the pages, and in the recipes' own comments."""
+    texts = {name: nbhd(name, "--help").stdout for name in COMMANDS}
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "src/nbhd/recipes").rglob("*.yaml")):
+        texts[file.name] = file.read_text(encoding="utf-8")
+    named = {(where, name) for where, text in texts.items() for name in re.findall(r"--config[ =]([\w./-]+)", text)}
+    named = {(where, name) for where, name in named if not name.endswith(".yaml") and name.islower()}
+    assert {"train", "training.md"} <= {where for where, _ in named}
+    for _, name in sorted(named):
+        find_recipe(name)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +74,7 @@ def test_unknown_command() -> None:
     [
         (RecipeError("optim.lr must be positive"), 2, "nbhd: optim.lr must be positive\n"),
         (FileError("a.jpg: cut short"), 1, "nbhd: a.jpg: cut short\n"),
+        (WrongFile("a.jpg: no such file"), 2, "nbhd: a.jpg: no such file\n"),
         (OSError(28, "No space left on device", "out"), 1, "nbhd: out: No space left on device\n"),
         (OSError(12, "Cannot allocate memory"), 1, "nbhd: Cannot allocate memory\n"),
         (KeyboardInterrupt(), 130, "nbhd: interrupted\n"),

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("accelerate", reason="the train extra is not installed")
 
-from nbhd.tasks.recipes import load_recipe, recipe_names
+from nbhd.tasks.recipes import find_recipe, load_recipe, recipe_names
 from tests import commands
 from tests.tasks.test_datasets import IMAGENETTE48, write_folder, write_parquet
 from tests.tiny import LABELS, write_classifier
@@ -63,8 +63,11 @@ def test_train_then_evaluate_then_resume_what_is_finished(nbhd: Run, tmp_path: P
     found = json.loads(run.stdout)
     assert found["top1"] == json.loads((output / "metrics.json").read_text())["final"]["top1"]
 
+    (output / ".export-killed").mkdir()
+    (output / ".metrics.json.killed.part").touch()
     run = nbhd("train", "--resume", "--data", IMAGENETTE48, "--output", output)
     assert run.exit_code == 0, run.stderr
+    assert not list(output.glob(".*"))
     assert (output / "model.safetensors").read_bytes() == weights
 
     run = nbhd(*call, "--overwrite", "--set", "run.seed=5")
@@ -82,8 +85,8 @@ def test_train_then_evaluate_then_resume_what_is_finished(nbhd: Run, tmp_path: P
         (["--resume", "--overwrite", "--config", "cifar10_quick"], 2, "Give one of them"),
         (["--config", "cifar10_quick", "--set", "optim.learning_rate=1"], 2, "unknown key 'learning_rate'"),
         (["--config", "cifar10_quick", "--set", "optim.lr=-1"], 2, "optim.lr must be at least 0"),
-        (["--config", "cifar10_quick", "--set", "data.label_column=kind"], 1, "has no column 'kind'"),
-        (["--config", "cifar10_quick", "--set", "data.eval_split=dev"], 1, "no split 'dev'"),
+        (["--config", "cifar10_quick", "--set", "data.label_column=kind"], 2, "has no column 'kind'"),
+        (["--config", "cifar10_quick", "--set", "data.eval_split=dev"], 2, "--set data.eval_split=validation"),
         (["--config", "cifar10_quick", "--set", "model.num_heads=[3,3,3]"], 2, "num_heads must divide"),
     ],
 )
@@ -100,15 +103,21 @@ def test_wrong_call_of_train_says_what_is_wrong(
 def test_leaves_the_process_group_it_was_started_in(nbhd: Run, tmp_path: Path) -> None:
     """A process that ends inside of it may abort, and the launcher stops the one that is still writing the model."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    refused(nbhd("train", "--config", "cifar10_quick", "--data", tmp_path / "none", "--output", tmp_path / "run"), 1)
+    refused(nbhd("train", "--config", "cifar10_quick", "--data", tmp_path / "none", "--output", tmp_path / "run"))
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("output", ["", "-"])
+def test_a_run_goes_into_a_folder(output: str, nbhd: Run) -> None:
+    said = refused(nbhd("train", "--config", "cifar10_quick", "--data", IMAGENETTE48, "--output", output))
+    assert f"--output must name a folder, got {output!r}." in said
 
 
 def test_missing_data_is_named(nbhd: Run, tmp_path: Path) -> None:
     call = ["train", "--config", "cifar10_quick", "--set", "run.device=cpu", "--output", tmp_path / "run", "--data"]
-    assert "no such file or folder" in refused(nbhd(*call, tmp_path / "none"), 1)
+    assert f"--data {tmp_path / 'none'}: no such file or folder" in refused(nbhd(*call, tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    assert "holds no labelled images" in refused(nbhd(*call, tmp_path / "empty"), 1)
+    assert "holds no labelled images" in refused(nbhd(*call, tmp_path / "empty"))
 
 
 def test_full_disk_leaves_no_partial_model(nbhd: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,12 +182,13 @@ def test_class_folders_are_numbered_by_the_models_names(nbhd: Run, tiny_model: P
 def test_evaluate_refuses_data_of_other_classes(nbhd: Run, tiny_model: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", "cat", "dog")
     call = ["evaluate", "--model", tiny_model, "--device", "cpu", "--data"]
-    assert "folders cat, dog are not among the 10 classes" in refused(nbhd(*call, folder), 1)
+    assert "folders cat, dog are not among the 10 classes" in refused(nbhd(*call, folder))
     file = write_parquet(tmp_path / "x.parquet", [0, 11])
     assert "row 1 has label 11, outside the 10 classes" in refused(nbhd(*call, file), 1)
     assert "no config.json" in refused(nbhd("evaluate", "--model", tmp_path, "--data", IMAGENETTE48), 2)
-    assert "no split 'dev'" in refused(nbhd(*call, IMAGENETTE48, "--split", "dev"), 1)
-    assert "no column 'picture'" in refused(nbhd(*call, IMAGENETTE48, "--image-column", "picture"), 1)
+    said = refused(nbhd(*call, IMAGENETTE48, "--split", "dev"))
+    assert "no split 'dev'. It has: train, validation. Name one of them with --split." in said
+    assert "no column 'picture'" in refused(nbhd(*call, IMAGENETTE48, "--image-column", "picture"))
 
 
 # recipes
@@ -221,7 +231,36 @@ def test_every_key_is_explained(nbhd: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["keys", "x"], ["copy"], ["check"], ["show"], ["list", "x"], ["copy", "a", "b"], ["show", "x"]]
+    ("arguments", "message"),
+    [
+        (["keys", "x"], ""),
+        (["copy"], ""),
+        (["check"], ""),
+        (["show"], ""),
+        (["list", "x"], ""),
+        (["copy", "a", "b"], ""),
+        (["show", "x"], ""),
+        (["show", "cifar10_quick", "--output", "x"], "--output goes with `nbhd recipes copy`, got --output x with"),
+        (["copy", "cifar10_quick", "-f", "json"], "--format goes with `nbhd recipes list`, got --format json with"),
+        (["copy", "cifar10_quick", "-o", "none/x.yaml"], "--output none/x.yaml: the folder none does not exist."),
+        (["copy", "cifar10_quick", "-o", ""], "--output must name a file, got ''."),
+        (["copy", "cifar10_quick", "-o", "folder"], "--output folder: this is a folder."),
+        (["check", "binary.yaml"], "binary.yaml is no recipe: it is not text in UTF-8."),
+    ],
 )
-def test_wrong_call_of_recipes_is_refused(arguments: list[str], nbhd: Run) -> None:
-    assert refused(nbhd("recipes", *arguments)).startswith("nbhd: ")
+def test_wrong_call_of_recipes_is_refused(
+    arguments: list[str], message: str, nbhd: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary.yaml").write_bytes(b"\x99\xff")
+    assert refused(nbhd("recipes", *arguments)).startswith(f"nbhd: {message}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.yaml", "folder"]
+
+
+def test_a_copy_goes_to_standard_output(nbhd: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = nbhd("recipes", "copy", "cifar10_quick", "-o", "-")
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert run.stdout == find_recipe("cifar10_quick").read_text()
+    assert list(tmp_path.iterdir()) == []

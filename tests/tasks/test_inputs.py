@@ -101,7 +101,7 @@ def test_what_is_not_there_comes_back_with_a_reason(folder: Path) -> None:
         ("*.bmp", "no file matches this pattern"),
         ("empty", "no files in this folder"),
         ("a.jpg/b", "no such file or folder"),
-        ("", "no such file or folder"),
+        ("", "the name is empty; the current folder is '.'"),
     ]
     assert found[-1].error is not None
     assert "too long" in found[-1].error

@@ -2,11 +2,13 @@
 
 Each command is a function of the same name in a module of its own, which is imported when the command is called or
 its help is read, so that ``nbhd --help`` does not wait for torch. Results go to standard output, everything else to
-standard error. Exit status: 0 all went well, 1 some inputs failed (each is named), 2 a wrong call, 130 interrupted.
+standard error. Exit status: 0 all went well, 1 some inputs failed (each is named) or a file could not be written, 2 a
+wrong call, 130 interrupted, 143 terminated, 129 hung up.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -19,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from nbhd._version import __version__
-from nbhd.cli._errors import reporting
+from nbhd.cli._errors import reporting, told_to_end
 
 #: The commands, in the order of the help, with their line in it. A command is listed when its module is there.
 COMMANDS = {
@@ -60,6 +62,12 @@ class _Commands(TyperGroup):
         single = typer.Typer(add_completion=False, rich_markup_mode=_NO_MARKUP, pretty_exceptions_enable=False)
         single.command(cmd_name, help=_help(function.__doc__))(function)
         return typer.main.get_command(single)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+        if near and near[0] != args[0]:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -104,7 +112,7 @@ def main() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (for the process's life)
     try:
         # Help and version are written before a command begins.
-        with reporting(debug="--debug" in sys.argv[1:]):
+        with reporting(debug="--debug" in sys.argv[1:]), told_to_end():
             app(prog_name="nbhd")
     except typer.Exit as end:
         sys.exit(end.exit_code)

@@ -21,6 +21,9 @@ F = TypeVar("F", bound=StrEnum)
 #: The format that an ending of --output says.
 BY_SUFFIX = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table"}
 
+#: What NBHD_CPU_ISA may be.
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline", "neon")
+
 #: A progress bar appears when the work has gone on for this long.
 PROGRESS_AFTER_S = 1.0
 
@@ -85,7 +88,9 @@ def choose_format(format: F | None, output: str | None, formats: type[F]) -> F:
 
 def check_output(output: str) -> None:
     """Refuse an output that cannot be written, before any work is done."""
-    folder = Path(output).parent
+    if not output:
+        raise ArgumentError("--output must name a file, got ''. Name one, or leave it out.")
+    folder = Path(os.path.realpath(output) if os.path.islink(output) else output).parent
     if os.path.isdir(output):
         raise ArgumentError(f"--output {output}: this is a folder. Name a file in it.")
     if is_special(output):  # written to as it is, so that its folder does not matter
@@ -94,6 +99,28 @@ def check_output(output: str) -> None:
         raise ArgumentError(f"--output {output}: the folder {folder} does not exist. Create it first.")
     if not os.access(folder, os.W_OK):
         raise ArgumentError(f"--output {output}: no permission to write in {folder}.")
+
+
+def check_folder(option: str, folder: str) -> None:
+    """Refuse what would be the current folder, or a folder of a name that means standard output elsewhere."""
+    if folder in ("", "-"):
+        raise ArgumentError(
+            f"{option} must name a folder, got {folder!r}. The current folder is '.', one called - is './-'."
+        )
+
+
+def warn_of_instruction_set() -> None:
+    """Say that NBHD_CPU_ISA leaves attention without the native core: all else that shows it is the time it takes."""
+    if not os.environ.get("NBHD_CPU_ISA"):
+        return
+    from nbhd.backends import cpu
+
+    reason = cpu.why_unusable()
+    if reason is not None and "NBHD_CPU_ISA" in reason:
+        note(
+            f"warning: {reason} Attention on the CPU runs on the plain PyTorch reference, which is slow. Unset it, or "
+            f"name one of {', '.join(INSTRUCTION_SETS)} that this processor has."
+        )
 
 
 def same_file(first: str, second: str) -> bool:

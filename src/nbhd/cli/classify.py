@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbhd._text import printable, width
-from nbhd.cli._console import check_output, choose_format, note, same_file, track
+from nbhd.cli._console import check_output, choose_format, note, same_file, track, warn_of_instruction_set
 from nbhd.cli._errors import SOME_INPUTS_FAILED
 from nbhd.errors import ArgumentError
 
@@ -88,6 +88,8 @@ def classify(
     _check_runtime(runtime, model)
     if output == "-":
         output = None
+    if output is not None:
+        check_output(output)
     if output is None and format is Format.parquet:
         raise ArgumentError("--format parquet goes into a file. Give --output FILE.")
     written_as = choose_format(format, output, Format)
@@ -96,7 +98,6 @@ def classify(
 
     inputs, repeated = without_duplicates(find_inputs(paths))
     if output is not None:
-        check_output(output)
         inputs = _without_output(output, inputs)
     if repeated:
         note(f"{repeated} file{' is' if repeated == 1 else 's are'} named more than once; each is classified once")
@@ -104,6 +105,7 @@ def classify(
     from nbhd.tasks.classification import Classifier
 
     _quieten()
+    warn_of_instruction_set()
     classifier = Classifier(model, device)
     if runtime is not None and classifier.runtime != runtime.value:
         raise ArgumentError(f"--runtime {runtime}: {model} runs in {classifier.runtime}. {_HOW.format(runtime)}")
@@ -117,7 +119,7 @@ def classify(
         for result in results:
             if result.error is not None:
                 failed += 1
-                note(f"{result.path}: {result.error}")
+                note(f"{result.path or repr('')}: {result.error}")
             writer.write(result)
         writer.finish()
     if output is not None:

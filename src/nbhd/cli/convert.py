@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nbhd.cli._console import note
+from nbhd.cli._console import check_folder, note
 from nbhd.errors import ArgumentError
 
 
@@ -59,12 +59,20 @@ def convert(
       nbhd classify photos/ --model ./nat-tiny
       nbhd convert upernet_dinat_mini.pth upernet --dilations '[[1,16,1],[1,4,1,8],[1,2,1,3,1,4],[1,2,1,2,1]]'
     """
+    if not checkpoint:
+        raise ArgumentError("CHECKPOINT must name a file or a folder, got ''. The current folder is '.'.")
+    check_folder("FOLDER", output)
+    lists = _lists(dilations)
+
     import transformers
 
     from nbhd.models.nat.convert_nat import convert_nat
 
     transformers.logging.disable_progress_bar()
-    done = convert_nat(checkpoint, output, labels=labels, image_size=image_size, dilations=_lists(dilations))
+    try:
+        done = convert_nat(checkpoint, output, labels=labels, image_size=image_size, dilations=lists)
+    except ArgumentError as error:
+        raise ArgumentError(_of_the_command(str(error), dilations)) from error
     size = done.variant or f"a {'NAT' if done.config.dilations is None else 'DiNAT'} of no published size"
     classes = "" if done.model in ("NatModel", "NatBackbone") else f", {done.classes} classes"
     note(f"{done.model}: {size}, {done.parameters:,} parameters{classes}")
@@ -78,6 +86,18 @@ def convert(
             "image_std in preprocessor_config.json are those it was trained with"
         )
     typer.echo(output)
+
+
+#: What the command calls the arguments of `convert_nat`.
+_CALLED = {"output": "FOLDER", "labels": "--labels", "image_size": "--image-size"}
+
+
+def _of_the_command(message: str, dilations: str | None) -> str:
+    """What is wrong with an argument, with the command's name for it."""
+    name, _, rest = message.partition(" ")
+    if name == "dilations":
+        return f"--dilations {dilations}: {message}"
+    return f"{_CALLED.get(name, name)} {rest}"
 
 
 def _lists(dilations: str | None) -> Any:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nbhd._text import pad, printable, width
-from nbhd.cli._console import check_output, choose_format, note, same_file, track
+from nbhd.cli._console import check_output, choose_format, note, same_file, track, warn_of_instruction_set
 from nbhd.cli._errors import SOME_INPUTS_FAILED
 from nbhd.cli._threads import let_others_run
 from nbhd.errors import ArgumentError
 
 if TYPE_CHECKING:
     from nbhd.tasks.classification.evaluate import Evaluation
+    from nbhd.tasks.datasets import ImageTable
 
 
 class Format(StrEnum):
@@ -68,28 +69,34 @@ def evaluate(
     """
     if output == "-":
         output = None
-    as_json = choose_format(format, output, Format) is Format.json
     if output is not None:
         check_output(output)
-        if any(same_file(output, name) for name in (data, model) if name is not None):
-            raise ArgumentError(f"--output {output}: this is one of the inputs and would be lost. Name another file.")
+    as_json = choose_format(format, output, Format) is Format.json
+    if output is not None and any(same_file(output, name) for name in (data, model) if name is not None):
+        raise ArgumentError(f"--output {output}: this is one of the inputs and would be lost. Name another file.")
 
     let_others_run()
     from transformers.utils import logging as transformers_logging
 
     from nbhd._files import write_whole
+    from nbhd.errors import WrongFile
     from nbhd.tasks.checkpoints import device_for, load_classifier, prepare_for_many
     from nbhd.tasks.classification.evaluate import check_measurable, evaluate_images, open_for_model
-    from nbhd.tasks.datasets import check_source, first_rows, is_missing
+    from nbhd.tasks.datasets import NoSuchSplit, check_source, first_rows, is_missing
 
     check_source(data)
     if is_missing(data):
         raise ArgumentError(f"--data {data}: no such file or folder. Name a parquet file, a folder or a hub id.")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warn_of_instruction_set()
     loaded = load_classifier(model, device_for(model, device))
     check_measurable(loaded)
-    table = open_for_model(loaded, data, split, image_column=image_column, label_column=label_column)
+    try:
+        table = open_for_model(loaded, data, split, image_column=image_column, label_column=label_column)
+    except NoSuchSplit as error:
+        raise WrongFile(f"{error} Name one of them with --split.") from error
+    _check_columns(table, data, {"--image-column": image_column, "--label-column": label_column})
     prepare_for_many(loaded)
     result = evaluate_images(
         loaded,
@@ -110,6 +117,16 @@ def evaluate(
             stream.write(text)
     if result.failures:
         raise typer.Exit(SOME_INPUTS_FAILED)
+
+
+def _check_columns(table: ImageTable, data: str, columns: dict[str, str]) -> None:
+    """Refuse a column that was named of data without columns."""
+    for option, column in columns.items():
+        if not table.has_columns and column != option.removeprefix("--").removesuffix("-column"):
+            raise ArgumentError(
+                f"{option} {column}: {data} is a folder of pictures, which has no columns: its folders are the labels. "
+                "Leave it out."
+            )
 
 
 def _table(result: Evaluation) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nbhd.cli._console import note, track
+from nbhd._sizes import check_pixels
+from nbhd.cli._console import check_output, note, track, warn_of_instruction_set
 from nbhd.cli._errors import SOME_INPUTS_FAILED
 from nbhd.errors import ArgumentError, BackendError, CheckpointError
 
@@ -106,6 +106,7 @@ def export(
     from nbhd.export.check import largest_difference
 
     _quieten()
+    warn_of_instruction_set()
     network, processor = _load(model, part, stages)
     examples = None if calibrate is None else _Examples(calibrate, processor)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,16 +156,20 @@ def _check_difference(difference: float, int8: bool, calibrate: str | None) -> N
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if found is None or int(found[1]) < 1 or int(found[2] or 1) < 1:
+    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", text)
+    if found is None:
         raise ArgumentError(f"--size must be pixels, as 224 or 224x320 (height x width), got {text!r}.")
-    return int(found[1]), int(found[2] or found[1])
+    # of numbers too long to be read the first digits are too many
+    height, width = (int(side[:20]) for side in (found[1], found[2] or found[1]))
+    check_pixels("--size", text, height, width)
+    return height, width
 
 
 def _check(
     to: Target, output: str, stages: str | None, part: Part | None, standalone: bool, int8: bool, calibrate: str | None
 ) -> None:
     """Refuse options that do not go together and outputs that cannot be written, before any work is done."""
+    check_output(output)
     ending = ".onnx" if to is Target.onnx else ".pt2"
     if Path(output).suffix != ending:
         raise ArgumentError(f"--output {output}: a file of --to {to} ends in {ending}.")
@@ -176,20 +181,13 @@ def _check(
         raise ArgumentError("--standalone is for .pt2 files: an ONNX file needs nothing of nbhd anyway. Leave it out.")
     if stages is not None and part not in (None, Part.backbone):
         raise ArgumentError(f"--stages goes with --part backbone, got --part {part}.")
-    folder = Path(os.path.realpath(output)).parent
-    if not folder.is_dir():
-        raise ArgumentError(f"--output {output}: the folder {folder} does not exist. Create it first.")
-    if os.path.isdir(output):
-        raise ArgumentError(f"--output {output}: this is a folder. Name a file in it.")
-    if not os.access(folder, os.W_OK):
-        raise ArgumentError(f"--output {output}: no permission to write in {folder}.")
 
 
 def _load(model: str | None, part: Part | None, stages: str | None) -> tuple[Any, Any]:
     """The network in float32, and its image processor."""
     import torch
 
-    from nbhd.tasks.checkpoints import is_exported, load_classifier, load_processor, model_folder
+    from nbhd.tasks.checkpoints import check_config, is_exported, load_classifier, load_processor, model_folder
 
     if is_exported(model):
         raise CheckpointError(f"{model} is an exported file already. Name the folder of the model it was made from.")
@@ -205,6 +203,7 @@ def _load(model: str | None, part: Part | None, stages: str | None) -> tuple[Any
 
     folder = model_folder(model)
     named = "the default checkpoint" if model is None else model
+    check_config(folder, str(named))
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -214,28 +213,43 @@ def _load(model: str | None, part: Part | None, stages: str | None) -> tuple[Any
         return _load(model, Part.classifier, None)
     if config.model_type not in ("nat", "dinat"):
         raise CheckpointError(f"--part {part} is for NAT models, {named} is a {config.model_type}.")
+    chosen = None if stages is None else _stages(stages, config.stage_names)
     is_backbone = saved_as.endswith("Backbone")
     others = [stage for stage in config.stage_names if not is_backbone or stage not in config.out_features]
     # Norms that the folder's own kind has no place for; they start as ones and zeros.
     absent = (*(f"hidden_states_norms.{stage}." for stage in others), *(["layernorm."] if is_backbone else []))
     if part is Part.backbone or (part is None and is_backbone):
-        chosen = {} if stages is None else {"out_features": [stage.strip() for stage in stages.split(",")]}
-        network = _from_pretrained(NatBackbone, folder, named, absent, **chosen)
+        options = {} if chosen is None else {"out_features": chosen}
+        network = _from_pretrained(NatBackbone, folder, named, absent, **options)
     else:
         network = _from_pretrained(NatModel, folder, named, absent)
     return network, load_processor(folder, str(named))
+
+
+def _stages(text: str, known: list[str]) -> list[str]:
+    """The stages named, in the order of the model's."""
+    named = [name.strip() for name in text.split(",")]
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        raise ArgumentError(
+            f"--stages must be of {', '.join(known)}, with commas between them, got {text!r}: there is no "
+            f"{unknown[0]!r}."
+        )
+    return [name for name in known if name in named]
 
 
 def _from_pretrained(kind: Any, folder: Path, named: object, absent: tuple[str, ...], **options: Any) -> Any:
     """The network, none of whose weights is missing but those that start with one of ``absent``."""
     import torch
 
+    from nbhd.tasks.checkpoints import reason
+
     try:
         network, info = kind.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, safetensors and torch raise each their own kinds for a bad checkpoint
-        raise CheckpointError(f"cannot load {named}: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"cannot load {named}: {reason(error, folder)}") from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(absent))
     if missing:
         raise CheckpointError(
@@ -256,7 +270,7 @@ class _Examples:
         self.failed = 0
         for item in find_inputs([folder]):
             if item.error is not None:
-                raise ArgumentError(f"--calibrate {item.path}: {item.error}.")
+                raise ArgumentError(f"--calibrate {item.path or repr('')}: {item.error}.")
             self._inputs.append(item)
         step = max(1, len(self._inputs) // CALIBRATION_PICTURES)  # spread over the folder
         self._inputs = self._inputs[::step][:CALIBRATION_PICTURES]

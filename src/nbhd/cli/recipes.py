@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nbhd._text import printable
-from nbhd.cli._console import note
+from nbhd.cli._console import check_output, note
 from nbhd.cli._errors import WRONG_CALL
 from nbhd.errors import ArgumentError, RecipeError
 
@@ -39,10 +39,10 @@ def recipes(
         list[str] | None, typer.Argument(metavar="[NAME|FILE]...", help="Recipes, by name or file.")
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", metavar="FILE", help="With copy: where to; by default NAME.yaml here."),
     ] = None,
-    format: Annotated[Format, typer.Option("--format", "-f", help="With list: how.")] = Format.table,
+    format: Annotated[Format | None, typer.Option("--format", "-f", help="With list: how; by default a table.")] = None,
 ) -> None:
     r"""List the training recipes with their results; show, copy or check them; explain their keys.
 
@@ -57,6 +57,12 @@ def recipes(
       nbhd recipes copy imagenette128_nat --output my.yaml
       nbhd recipes check my.yaml
     """
+    for option, value, goes_with in (("--output", output, Action.copy), ("--format", format, Action.list)):
+        if value is not None and action is not goes_with:
+            raise ArgumentError(
+                f"{option} goes with `nbhd recipes {goes_with.value}`, got {option} {value} with `nbhd recipes "
+                f"{action.value}`. Leave it out."
+            )
     if action is Action.keys:
         if names:
             raise ArgumentError(f"`nbhd recipes keys` takes no names, got {names[0]!r}.")
@@ -81,7 +87,7 @@ def recipes(
         _check(names)
 
 
-def _list(format: Format) -> None:
+def _list(format: Format | None) -> None:
     from nbhd.tasks.recipes import find_recipe, load_recipe, recipe_header, recipe_names
 
     found = []
@@ -123,15 +129,19 @@ def _show(name: str) -> None:
     sys.stdout.write(load_recipe(name).to_yaml())
 
 
-def _copy(names: list[str], output: Path | None) -> None:
-    from nbhd._files import write_whole
+def _copy(names: list[str], output: str | None) -> None:
+    from nbhd._files import is_special, write_whole
     from nbhd.tasks.recipes import find_recipe
 
     if len(names) != 1:
         raise ArgumentError(f"`nbhd recipes copy` copies one recipe, got {len(names)} names.")
     source = find_recipe(names[0])
-    target = output if output is not None else Path(source.name)
-    if target.exists():
+    if output == "-":
+        sys.stdout.write(source.read_text(encoding="utf-8"))
+        return
+    target = source.name if output is None else output
+    check_output(target)
+    if os.path.exists(target) and not is_special(target):
         raise ArgumentError(f"{target} exists already. Name another file with --output.")
     with write_whole(target, "wb") as stream:
         stream.write(source.read_bytes())

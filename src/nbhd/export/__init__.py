@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nbhd._files import write_whole
+from nbhd._sizes import check_pixels
 from nbhd.errors import ArgumentError
 from nbhd.export.runtime import ExportedModel, open_exported
 from nbhd.export.subject import Facts
@@ -116,4 +117,5 @@ def _pair(size: Any) -> tuple[int, int]:
         height = width = 0
     if height < 1 or width < 1 or any(isinstance(side, bool) for side in sides):
         raise ArgumentError(f"size must be pixels, as 224 or (224, 320) (height, width), got {size!r}.")
+    check_pixels("size", size, height, width)
     return height, width

@@ -84,6 +84,11 @@ def open_exported(path: str | os.PathLike[str]) -> ExportedModel:
     path = Path(path)
     try:
         if not zipfile.is_zipfile(path):
+            if path.suffix == ".pt2":
+                raise CheckpointError(
+                    f"{path} is damaged or cut short, or was not written by `nbhd export`: a .pt2 is a zip archive, "
+                    "this is none. Export it again."
+                )
             return _open_onnx(path)
         with zipfile.ZipFile(path) as archive:
             is_compiled = any("aotinductor" in name for name in archive.namelist())

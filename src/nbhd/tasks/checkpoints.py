@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
+from nbhd._sizes import check_image_processor
 from nbhd.checkpoints import default_checkpoint
 from nbhd.errors import ArgumentError, CheckpointError
 from nbhd.tasks.devices import resolve_device
@@ -21,6 +25,9 @@ _WANTED = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 _WANTED_OLD = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+
+#: Endings of files of weights, of which `nbhd convert` makes a folder.
+_WEIGHTS = (".pth", ".pt", ".pyth", ".bin", ".safetensors")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -97,7 +104,7 @@ def load_classifier(model: str | os.PathLike[str] | None, device: torch.device) 
         return _exported(Path(model).expanduser())
     folder = model_folder(model)
     named = str(model) if model is not None else "the default checkpoint"
-    _check_config(folder, named)
+    check_config(folder, named)
 
     import transformers
 
@@ -112,7 +119,7 @@ def load_classifier(model: str | os.PathLike[str] | None, device: torch.device) 
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers, safetensors and torch raise each their own kinds for a bad checkpoint
-        raise CheckpointError(f"cannot load an image classifier from {named}: {_reason(error)}") from error
+        raise CheckpointError(f"cannot load an image classifier from {named}: {reason(error, folder)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -124,7 +131,9 @@ def load_classifier(model: str | os.PathLike[str] | None, device: torch.device) 
         raise CheckpointError(
             f"{named} wants pictures of {channels} channels (num_channels), but pictures are read as RGB."
         )
-    return Loaded(network.to(device).eval(), load_processor(folder, named), folder)
+    processor = load_processor(folder, named)
+    _try(processor, f"the image processor of {named}, {_processor_file(folder) or 'the default one'},")
+    return Loaded(network.to(device).eval(), processor, folder)
 
 
 def check_has_labels(loaded: Loaded) -> None:
@@ -148,7 +157,12 @@ def _exported(path: Path) -> Loaded:
         raise CheckpointError(
             f"{path} wants pictures of {model.facts.channels} channels, but pictures are read as RGB."
         )
-    return Loaded(model, model.processor(), path, model.kind)
+    try:
+        processor = model.processor()
+    except Exception as error:
+        raise CheckpointError(f"cannot load the image processor in {path}: {reason(error)}") from error
+    _try(processor, f"the image processor in {path}")
+    return Loaded(model, processor, path, model.kind)
 
 
 def model_folder(model: str | os.PathLike[str] | None) -> Path:
@@ -160,14 +174,22 @@ def model_folder(model: str | os.PathLike[str] | None) -> Path:
     if model is None:
         return default_checkpoint()
     name = os.fspath(model)
+    if not name:
+        raise ArgumentError(
+            "model must be named, got ''. Leave it out for the one that comes with nbhd; the current folder is '.'."
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if path.suffix.lower() in _WEIGHTS and path.exists():
+        raise CheckpointError(f"model {name!r} is a file of weights. {_convert(path)}")
     if path.exists():
         raise CheckpointError(
             f"model {name!r} is a file. Name the folder that holds config.json and the weights,"
             " or a file that `nbhd export` wrote (.onnx, .pt2)."
         )
+    if path.suffix.lower() in (".onnx", ".pt2", *_WEIGHTS):
+        raise CheckpointError(f"model {name!r}: there is no such file.")
     if not _HUB_ID.fullmatch(name) or ".." in name:
         raise CheckpointError(f"model {name!r}: there is no such folder.")
     return _download(name)
@@ -182,19 +204,30 @@ def _download(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*_WANTED, *_WANTED_OLD]))
     except Exception as error:  # the hub client raises its own, requests', httpx's and OSError kinds
         raise CheckpointError(
-            f"model {name!r} is not a folder here, and cannot be had from the Hugging Face hub: {_reason(error)}"
+            f"model {name!r} is not a folder here, and cannot be had from the Hugging Face hub: {reason(error)}"
         ) from error
     return folder
 
 
-def _check_config(folder: Path, named: str) -> None:
+def check_config(folder: Path, named: str) -> None:
+    """Raise `CheckpointError` for a folder without config.json, with what to name instead."""
     if (folder / "config.json").is_file():
         return
+    weights = sorted(file for file in folder.iterdir() if file.suffix.lower() in _WEIGHTS and file.is_file())
+    if weights:
+        raise CheckpointError(f"{named} is not a model: {folder} holds no config.json. {_convert(weights[0])}")
     inner = sorted(config.parent.name for config in folder.glob("*/config.json"))
     hint = (
         f" Did you mean {folder / inner[-1]}?" if inner else " Name the folder that holds config.json and the weights."
     )
     raise CheckpointError(f"{named} is not a model: {folder} holds no config.json.{hint}")
+
+
+def _convert(file: Path) -> str:
+    return (
+        f"If it is a checkpoint of the original NAT, `nbhd convert {shlex.quote(str(file))} FOLDER` makes a model of "
+        "it (--labels FILE names its classes). Name that folder."
+    )
 
 
 def _model_type(folder: Path) -> object:
@@ -206,7 +239,8 @@ def _model_type(folder: Path) -> object:
 
 def load_processor(folder: Path, named: str) -> Any:
     """The folder's image processor, or NAT's default if it has none."""
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+    file = _processor_file(folder)
+    if file is None:
         from nbhd.models.nat import NatImageProcessor
 
         return NatImageProcessor()
@@ -214,12 +248,37 @@ def load_processor(folder: Path, named: str) -> Any:
     from nbhd.models._transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_image_processor(processor)
     except Exception as error:
-        raise CheckpointError(f"cannot load the image processor of {named}: {_reason(error)}") from error
+        raise CheckpointError(f"cannot load the image processor of {named}, {file}: {reason(error)}") from error
+    return processor
 
 
-def _reason(error: BaseException) -> str:
-    """The first sentence or two of an error made for developers."""
+def _processor_file(folder: Path) -> Path | None:
+    files = (folder / name for name in ("preprocessor_config.json", "processor_config.json"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _try(processor: Any, what: str) -> None:
+    """Raise `CheckpointError` for an image processor that makes no pixels: its settings may be of any kind."""
+    try:
+        check_image_processor(processor)
+        pixels = processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
+            raise ValueError("it makes no pixel_values")
+    except Exception as error:  # processors raise whatever their settings lead to
+        raise CheckpointError(f"{what} does not work: {reason(error)}") from error
+
+
+def reason(error: BaseException, folder: Path | None = None) -> str:
+    """The first sentence or two of an error made for developers; of damaged weights in ``folder`` which file it is."""
+    if folder is not None and isinstance(error, SafetensorError):
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (SafetensorError, OSError):
+                return f"{file} is damaged or cut short. Get it again."
     text = " ".join(str(error).split())
     return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nbhd.errors import ArgumentError, FileError, MissingExtra
+from nbhd.errors import ArgumentError, FileError, MissingExtra, WrongFile
 from nbhd.tasks.images import decode_image
 from nbhd.tasks.labels import number_labels, number_names
 
@@ -30,12 +30,25 @@ NO_BYTES = "the row holds no image bytes"
 IN_MEMORY_PARQUET_BYTES = 2 << 30  # more than this goes through the memory-mapped cache of `datasets`
 
 
+class NoSuchSplit(WrongFile):
+    """The data has no split of this name.
+
+    Attributes:
+        splits: those it has.
+    """
+
+    def __init__(self, where: str, split: str, splits: Sequence[str]) -> None:
+        super().__init__(f"{where} has no split {split!r}. It has: {', '.join(splits)}.")
+        self.splits = list(splits)
+
+
 class ImageTable(ABC):
     """Rows of images with labels: what every kind of source gives."""
 
     labels: np.ndarray  # [N] int64, class of each row
     class_names: list[str]
     where: str  # what the user called the source, for messages
+    has_columns: bool = True  # which have names
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -69,6 +82,7 @@ class Rows(ImageTable):
         self.labels = self.table.labels[self.rows]
         self.class_names = self.table.class_names
         self.where = self.table.where
+        self.has_columns = self.table.has_columns
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,25 +114,26 @@ def open_images(
 
     Raises:
         ArgumentError: ``source`` is empty.
-        FileError: nothing there, no such split, no images, no such column; `OtherClasses`, a kind of it: the source's
-            names are not among ``class_names``.
+        WrongFile: nothing there, no such split (`NoSuchSplit`), no images, no such column; `OtherClasses`: the
+            source's names are not among ``class_names``.
+        FileError: it cannot be read, or a row has a bad label.
         MissingExtra: hub data sets, and parquet files too large for memory, without the ``train`` extra.
     """
     check_source(source)
     path = Path(source)
     if path.is_file():
         if path.suffix != ".parquet":
-            raise FileError(f"{source}: a single data file must be .parquet, got {path.suffix or 'no ending'!r}")
+            raise WrongFile(f"{source}: a single data file must be .parquet, got {path.suffix or 'no ending'!r}")
         return _open_parquet([path], str(source), split, image_column, label_column, class_names)
     if path.is_dir():
         files, splits = _parquet_files(path, split)
         if files:
             return _open_parquet(files, f"{source} ({split})", split, image_column, label_column, class_names)
         if splits:
-            raise FileError(f"{source} has no split {split!r}. It has: {', '.join(splits)}.")
+            raise NoSuchSplit(str(source), split, splits)
         return _FolderImages(path, split, class_names)
     if is_missing(source):
-        raise FileError(f"{source}: no such file or folder")
+        raise WrongFile(f"{source}: no such file or folder. Name a parquet file, a folder or a hub id.")
     return _open_hub(str(source), split, image_column, label_column, class_names)
 
 
@@ -198,8 +213,9 @@ def _check_columns(names: Iterable[str], image_column: str, label_column: str, w
     names = list(names)
     for option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in names:
-            raise FileError(
-                f"{where} has no column {column!r}. It has: {', '.join(names)}. Choose one with data.{option}."
+            raise WrongFile(
+                f"{where} has no column {column!r}. It has: {', '.join(names)}. Choose one with data.{option} in a "
+                f"recipe, or --{option.replace('_', '-')} of `nbhd evaluate`."
             )
 
 
@@ -213,20 +229,20 @@ class _ParquetImages(ImageTable):
 
         self.where = where
         if table.num_rows == 0:
-            raise FileError(f"{where} has no rows")
+            raise WrongFile(f"{where} has no rows")
         column = table.column(image_column).combine_chunks()
         self._paths = None
         if pa.types.is_struct(column.type):
             fields = [column.type.field(i).name for i in range(column.type.num_fields)]
             if "bytes" not in fields:
-                raise FileError(f"{where}: column {image_column!r} has no field 'bytes', only {', '.join(fields)}")
+                raise WrongFile(f"{where}: column {image_column!r} has no field 'bytes', only {', '.join(fields)}")
             self._bytes = _one_chunk(column, "bytes")
             if "path" in fields:
                 self._paths = _one_chunk(column, "path")
         elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
             self._bytes = column
         else:
-            raise FileError(f"{where}: column {image_column!r} holds {column.type}, not encoded images")
+            raise WrongFile(f"{where}: column {image_column!r} holds {column.type}, not encoded images")
         declared = _declared_classes(table.schema, label_column)
         raw = table.column(label_column).to_pylist()
         self.labels, self.class_names = number_labels(raw, declared, class_names, where, label_column)
@@ -271,20 +287,22 @@ def _declared_classes(schema: Any, label_column: str) -> list[str] | None:
 class _FolderImages(ImageTable):
     """Image files in one folder a class, perhaps under folders of splits."""
 
+    has_columns = False
+
     def __init__(self, root: Path, split: str, class_names: Sequence[str] | None) -> None:
         known = sum(SPLIT_ALIASES.values(), ())
         folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         base = next((root / alias for alias in _aliases(split) if alias in folders), None)
         if base is None:
             if any(name in known for name in folders):
-                raise FileError(f"{root} has no split {split!r}. It has: {', '.join(folders)}.")
+                raise NoSuchSplit(str(root), split, folders)
             base = root
         self.where = str(base)
         names = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         files = {name: [file for file in sorted((base / name).rglob("*")) if _is_image_name(file)] for name in names}
         found = [name for name in names if files[name]]
         if not found:
-            raise FileError(
+            raise WrongFile(
                 f"{base} holds no labelled images. Wanted: parquet files named after their split, or a folder for each "
                 f"class with image files in it ({', '.join(IMAGE_SUFFIXES[:4])}, ...)."
             )
@@ -331,7 +349,7 @@ def _open_hub(
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises many kinds: connection, missing repository, missing split, ...
-        raise FileError(
+        raise WrongFile(
             f"{name!r} is no file or folder here, and as a data set on the hub it cannot be loaded: {_one_line(error)}."
             " Check the spelling and the connection, or name a local parquet file or image folder."
         ) from error
@@ -350,14 +368,14 @@ class _HubImages(ImageTable):
         datasets = _import_datasets()
         self.where = where
         if len(table) == 0:
-            raise FileError(f"{where} has no rows")
+            raise WrongFile(f"{where} has no rows")
         _check_columns(table.column_names, image_column, label_column, where)
         feature = table.features[image_column]
         if isinstance(feature, dict):  # a struct that is not declared as images
             if "bytes" not in feature:
-                raise FileError(f"{where}: column {image_column!r} has no field 'bytes', only {', '.join(feature)}")
+                raise WrongFile(f"{where}: column {image_column!r} has no field 'bytes', only {', '.join(feature)}")
         elif not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in _BINARY:
-            raise FileError(f"{where}: column {image_column!r} holds {feature}, not images")
+            raise WrongFile(f"{where}: column {image_column!r} holds {feature}, not images")
         self._images = table.select_columns([image_column])
         if isinstance(feature, datasets.Image):
             self._images = self._images.cast_column(image_column, datasets.Image(decode=False))

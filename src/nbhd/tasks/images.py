@@ -22,10 +22,8 @@ from typing import IO, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from nbhd._sizes import MAX_PIXELS
 from nbhd.errors import ArgumentError, FileError
-
-#: Larger pictures are refused before anything is decoded: twice Pillow's own warning level, 0.5 GB as RGB.
-MAX_PIXELS = 178_956_970
 
 #: Larger files are not opened, because some decoders read the whole file first.
 MAX_FILE_BYTES = 1 << 30

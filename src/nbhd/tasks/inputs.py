@@ -35,6 +35,9 @@ def find_inputs(names: Iterable[str | os.PathLike[str]]) -> Iterator[Input]:
     """
     for name in names:
         path = os.fspath(name)
+        if not path:
+            yield Input(path, "the name is empty; the current folder is '.'")
+            continue
         try:
             os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbhd.errors import ArgumentError, FileError
+from nbhd.errors import ArgumentError, FileError, WrongFile
 
 if TYPE_CHECKING:
     from nbhd.tasks.datasets import ImageTable
@@ -18,7 +18,7 @@ MOST_UNNAMED = 100_000
 MOST_GAPS = 100
 
 
-class OtherClasses(FileError):
+class OtherClasses(WrongFile):
     """The data's classes are not those it was to be numbered by.
 
     Attributes:

@@ -42,8 +42,10 @@ def load_recipe(name_or_file: str | Path, overrides: list[str] | tuple[str, ...]
     path = find_recipe(name_or_file)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is no recipe: it is not text in UTF-8. Name a YAML file.") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none, or too deep
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if tree is None:

@@ -89,8 +89,25 @@ def remove_run(output: Path) -> None:
     """
     if not _holds_run(output):
         return
-    cut_short = [path for name in RUN_FILES for path in output.glob(f".{name}.*.part")]
-    for path in [*output.glob(".export-*"), *cut_short, *(output / name for name in RUN_FILES)]:
+    _remove([*_cut_short(output), *(output / name for name in RUN_FILES)])
+
+
+def remove_cut_short(output: Path) -> None:
+    """Remove what a run that was killed while it wrote has left beside its files.
+
+    Raises:
+        FileError: something cannot be removed.
+    """
+    if _holds_run(output):
+        _remove(_cut_short(output))
+
+
+def _cut_short(output: Path) -> list[Path]:
+    return [*output.glob(".export-*"), *(path for name in RUN_FILES for path in output.glob(f".{name}.*.part"))]
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
         try:
             if path.is_dir() and not path.is_symlink() and path.name.startswith(("checkpoints", ".export-")):
                 shutil.rmtree(path)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nbhd._files import write_json
-from nbhd.errors import ArgumentError, CheckpointError, FileError
+from nbhd._sizes import check_image_processor, check_pixels
+from nbhd.errors import ArgumentError, CheckpointError, FileError, WrongFile
 from nbhd.models.nat.configuration_nat import NatConfig
 from nbhd.models.nat.convert_upernet import build_upernet, is_upernet, mean_and_std, upernet_image_processor
 from nbhd.models.nat.image_processing_nat import NatImageProcessor
@@ -80,12 +81,19 @@ def convert_nat(
         **settings: arguments of `NatConfig` that the weights do not tell, e.g. ``dilations`` or ``drop_path_rate``.
 
     Raises:
+        WrongFile: the checkpoint, the labels or the folder to write in is not there, or the labels are none.
         FileError: the checkpoint or the labels cannot be read, or the folder cannot be written.
         CheckpointError: the checkpoint is not of a NAT, is damaged, or holds more than weights.
         ArgumentError: the output exists, the labels do not match the classifier, or the folder's image processor has no
-            size to change.
+            size to change, or not one as large as that.
     """
     folder = _check_output(output)
+    if not Path(checkpoint).expanduser().exists():
+        raise WrongFile(
+            f"cannot read {checkpoint}: it does not exist. Name a checkpoint file, or a folder with a model."
+        )
+    if image_size is not None:
+        check_pixels("image_size", image_size, image_size, image_size)
     names = None if labels is None else read_labels(labels)
     processor: Any = None
     own = Path(checkpoint) / _PROCESSOR
@@ -100,8 +108,14 @@ def convert_nat(
     else:
         original = read_original(file or checkpoint)
         names = original.classes if names is None else names
-        config, variant = infer_config(original, **settings)
-        model = build(original, config)
+        try:
+            config, variant = infer_config(original, **settings)
+            model = build(original, config)
+        except CheckpointError as error:  # of weights, which have no name
+            named = str(file or checkpoint)
+            if named in str(error):
+                raise
+            raise CheckpointError(f"{named}: {error}") from error
         left_out = {name.split(".")[0] for name in original.heads}
         if is_upernet(original):
             left_out -= {"decode_head", "auxiliary_head"}
@@ -119,6 +133,8 @@ def convert_nat(
         processor = NatImageProcessor.for_image_size(
             image_size or 224, do_convert_rgb=config.num_channels == 3, image_mean=mean, image_std=std
         )
+    if image_size is not None:
+        _check_loadable(processor, image_size)
     _write_folder(folder, model, processor)
     return Conversion(
         folder=folder,
@@ -197,13 +213,19 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
     """Class names from a file: JSON (a list, or an object from index to name) or text with one name a line.
 
     Raises:
-        FileError: it cannot be read, or holds no names.
+        WrongFile: it is not there, or holds no names.
+        FileError: it cannot be read.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read the labels in {path}: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise WrongFile(f"the labels in {path} are not text in UTF-8. Give a file with one name a line.") from error
+    except OSError as error:
+        wrong = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        raise (WrongFile if wrong else FileError)(
+            f"cannot read the labels in {path}: {error.strerror or error}. Give a file with one name a line."
+        ) from error
     if text.lstrip()[:1] not in ("{", "["):
         lines = [line.strip() for line in text.splitlines()]
         return _some([line for line in lines if line], path)
@@ -213,17 +235,17 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
             by_index = {int(index): name for index, name in content.items()}
             content = [by_index[i] for i in range(len(by_index))]
     except (ValueError, KeyError) as error:
-        raise FileError(
+        raise WrongFile(
             f"the labels in {path} are not a JSON list of names, nor an object from 0, 1, ... to names: {error}"
         ) from error
     if not all(isinstance(name, str) for name in content):
-        raise FileError(f"the labels in {path} must all be text. Give a JSON list of names.")
+        raise WrongFile(f"the labels in {path} must all be text. Give a JSON list of names.")
     return _some(content, path)
 
 
 def _some(names: list[str], path: Path) -> list[str]:
     if not names:
-        raise FileError(f"the labels in {path} are none. Give a file with one name for each class, or leave it out.")
+        raise WrongFile(f"the labels in {path} are none. Give a file with one name for each class, or leave it out.")
     return names
 
 
@@ -246,6 +268,14 @@ def _with_size(path: Path, image_size: int) -> dict[str, Any]:
             "image_size out to copy it as it is."
         ) from error
     return settings
+
+
+def _check_loadable(processor: Any, image_size: int) -> None:
+    """Refuse sizes that no program takes: what is cut out is ``image_size``, of an image that may be larger."""
+    try:
+        check_image_processor(processor)
+    except ArgumentError as error:
+        raise ArgumentError(f"image_size is too large, got {image_size}: of the image processor, {error}") from error
 
 
 def _sides(size: Any) -> list[int]:
@@ -274,17 +304,16 @@ def _check_output(output: str | os.PathLike[str]) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArgumentError(f"output must be a folder that is new or empty, but {output} exists. Choose another one.")
     if not folder.parent.is_dir():
-        raise FileError(f"cannot write {output}: the folder {folder.parent} does not exist. Create it first.")
+        raise WrongFile(f"cannot write {output}: the folder {folder.parent} does not exist. Create it first.")
     return folder
 
 
 def _write_folder(folder: Path, model: PreTrainedModel, processor: Any) -> None:
     """Fill a folder beside ``folder`` and let it take its place; ``processor`` may be a file to copy, or settings."""
+    # Named first and made inside the block that removes it: an interrupt may come right behind.
+    temporary = folder.parent / f".{folder.name[:64]}.{secrets.token_hex(8)}.part"
     try:
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:64]}.", suffix=".part"))
-    except OSError as error:
-        raise FileError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
+        temporary.mkdir(0o700)
         model.save_pretrained(temporary)
         if isinstance(processor, Path):
             shutil.copyfile(processor, temporary / _PROCESSOR)

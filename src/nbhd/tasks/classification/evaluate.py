@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from nbhd.errors import ArgumentError, CheckpointError, FileError
+from nbhd.errors import ArgumentError, CheckpointError, FileError, WrongFile
 from nbhd.tasks.checkpoints import Loaded, check_has_labels
 from nbhd.tasks.classification.predict import NO_ANSWER, answer, of_one_shape, to_pixels
 from nbhd.tasks.datasets import ImageTable, open_images
@@ -111,7 +111,7 @@ def open_for_model(loaded: Loaded, source: str | os.PathLike[str], split: str, *
     A model whose classes have no names but numbers takes the data's numbering, if the data has as many classes.
 
     Raises:
-        FileError: as of `open_images`; or a class of the data is none of the model's.
+        WrongFile, FileError: as of `open_images`; or a class of the data is none of the model's.
     """
     names = class_names(loaded)
     try:
@@ -129,7 +129,7 @@ def open_for_model(loaded: Loaded, source: str | os.PathLike[str], split: str, *
     if names == plain and all(name.isdecimal() for name in found):
         raise other
     if len(found) != len(names):
-        raise FileError(
+        raise WrongFile(
             f"{table.where} has the classes {some(found)}, but the model {loaded.source} names its {len(names)} classes"
             f" {some(names, 2)}: which of them is {found[0]!r} cannot be told. Name them in the model's config.json"
             " (id2label and label2id)."

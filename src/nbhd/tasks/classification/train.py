@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 
 from nbhd._files import write_json, write_whole
 from nbhd._text import printable
-from nbhd.errors import ArgumentError, FileError, RecipeError
+from nbhd.errors import ArgumentError, FileError, RecipeError, WrongFile
 from nbhd.tasks.checkpoints import load_classifier
 from nbhd.tasks.classification.evaluate import Evaluation, evaluate_images
 from nbhd.tasks.classification.model_card import model_card
 from nbhd.tasks.classification.predict import without_long_ends
-from nbhd.tasks.datasets import ImageTable, Rows, first_rows, open_images
+from nbhd.tasks.datasets import ImageTable, NoSuchSplit, Rows, first_rows, open_images
 from nbhd.tasks.decoded import DecodedImages, decode_all, report_failures
 from nbhd.tasks.devices import resolve_device
 from nbhd.tasks.recipe_sections import ModelSection, Recipe
@@ -35,6 +35,7 @@ from nbhd.tasks.runs import (
     last_checkpoint,
     machine_facts,
     prepare_output,
+    remove_cut_short,
     remove_run,
 )
 from nbhd.tasks.schedule import Key, size_at
@@ -125,8 +126,8 @@ def train(
         data=remembered,
     )
     # From here on the run can begin, so the former one may go.
-    if arguments.process_index == 0 and overwrite:
-        remove_run(output)
+    if arguments.process_index == 0:
+        (remove_run if overwrite else remove_cut_short)(output)
     if arguments.process_index == 0 and checkpoint is None:
         with write_whole(output / "recipe.yaml", "w") as stream:
             stream.write(recipe.to_yaml())
@@ -170,10 +171,18 @@ def _sayer(main: bool) -> Callable[[str], None]:
 def _open(recipe: Recipe, data: str | Path, say: Callable[[str], None]) -> tuple[ImageTable, ImageTable, bool]:
     """The images to train on, those to evaluate on, and whether they are the same."""
     columns = {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
-    train_table = open_images(data, recipe.data.train_split, **columns)
-    eval_table = open_images(data, recipe.data.eval_split, class_names=train_table.class_names, **columns)
+    key = "train_split"
+    try:
+        train_table = open_images(data, recipe.data.train_split, **columns)
+        key = "eval_split"
+        eval_table = open_images(data, recipe.data.eval_split, class_names=train_table.class_names, **columns)
+    except NoSuchSplit as error:
+        # rather one that the other key does not name
+        other = recipe.data.train_split if key == "eval_split" else recipe.data.eval_split
+        split = next((name for name in error.splits if name != other), error.splits[0])
+        raise WrongFile(f"{error} Choose one with data.{key}, as --set data.{key}={split}.") from error
     if len(train_table.class_names) < 2:
-        raise FileError(
+        raise WrongFile(
             f"{train_table.where} has only the class {train_table.class_names}: there is nothing to tell apart"
         )
     absent = sorted(set(range(len(train_table.class_names))) - set(train_table.labels.tolist()))
