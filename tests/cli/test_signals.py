@@ -19,9 +19,13 @@ from tests.pictures import encode, noise
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
-#: The command line, which says when it is in the middle of writing and waits there.
+#: The command line, which says when it is in the middle of writing and waits there. Whoever runs the tests may ignore
+#: signals, as nohup does, and children inherit that.
 WAITING = """
-import os, sys, time
+import os, signal, sys, time
+
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 def wait(_):
     os.write(1, b"writing\\n")
