@@ -16,6 +16,9 @@ from nbhd.errors import FileError, WrongFile
 #: A new file, never one that is there, and never through a link.
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 
+#: What files of weights are called: checkpoints of the original, and what `nbhd convert` makes a folder of.
+WEIGHTS = (".pth", ".pt", ".pyth", ".bin", ".safetensors")
+
 
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:

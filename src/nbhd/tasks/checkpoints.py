@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from nbhd._files import WEIGHTS
 from nbhd._sizes import check_image_processor
 from nbhd.checkpoints import default_checkpoint
 from nbhd.errors import ArgumentError, CheckpointError
@@ -25,9 +26,6 @@ _WANTED = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 _WANTED_OLD = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
-
-#: Endings of files of weights, of which `nbhd convert` makes a folder.
-_WEIGHTS = (".pth", ".pt", ".pyth", ".bin", ".safetensors")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -159,6 +157,7 @@ def _exported(path: Path) -> Loaded:
         )
     try:
         processor = model.processor()
+        check_image_processor(processor)
     except Exception as error:
         raise CheckpointError(f"cannot load the image processor in {path}: {reason(error)}") from error
     _try(processor, f"the image processor in {path}")
@@ -181,14 +180,14 @@ def model_folder(model: str | os.PathLike[str] | None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.suffix.lower() in _WEIGHTS and path.exists():
+    if path.suffix.lower() in WEIGHTS and path.exists():
         raise CheckpointError(f"model {name!r} is a file of weights. {_convert(path)}")
     if path.exists():
         raise CheckpointError(
             f"model {name!r} is a file. Name the folder that holds config.json and the weights,"
             " or a file that `nbhd export` wrote (.onnx, .pt2)."
         )
-    if path.suffix.lower() in (".onnx", ".pt2", *_WEIGHTS):
+    if path.suffix.lower() in (".onnx", ".pt2", *WEIGHTS):
         raise CheckpointError(f"model {name!r}: there is no such file.")
     if not _HUB_ID.fullmatch(name) or ".." in name:
         raise CheckpointError(f"model {name!r}: there is no such folder.")
@@ -213,7 +212,7 @@ def check_config(folder: Path, named: str) -> None:
     """Raise `CheckpointError` for a folder without config.json, with what to name instead."""
     if (folder / "config.json").is_file():
         return
-    weights = sorted(file for file in folder.iterdir() if file.suffix.lower() in _WEIGHTS and file.is_file())
+    weights = sorted(file for file in folder.iterdir() if file.suffix.lower() in WEIGHTS and file.is_file())
     if weights:
         raise CheckpointError(f"{named} is not a model: {folder} holds no config.json. {_convert(weights[0])}")
     inner = sorted(config.parent.name for config in folder.glob("*/config.json"))
@@ -263,7 +262,6 @@ def _processor_file(folder: Path) -> Path | None:
 def _try(processor: Any, what: str) -> None:
     """Raise `CheckpointError` for an image processor that makes no pixels: its settings may be of any kind."""
     try:
-        check_image_processor(processor)
         pixels = processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
         if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
             raise ValueError("it makes no pixel_values")

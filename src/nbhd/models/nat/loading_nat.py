@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nbhd._files import WEIGHTS
 from nbhd.errors import CheckpointError, FileError
 from nbhd.models.nat.original_nat import WRAPPERS, Original, is_original, rename, take_apart
 
-#: What state dicts are called, in files and in folders.
-SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".safetensors")
 #: Files of a training run that hold no model.
 _NO_MODEL = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state.*)\.(pt|pth|bin)")
 #: What transformers itself would read in a folder, first found first.
@@ -71,7 +70,7 @@ def find_file(name: str | os.PathLike[str], subfolder: str = "") -> Path | None:
     files = sorted(
         file
         for file in path.iterdir()
-        if file.suffix in SUFFIXES and file.is_file() and not _NO_MODEL.fullmatch(file.name)
+        if file.suffix in WEIGHTS and file.is_file() and not _NO_MODEL.fullmatch(file.name)
     )
     if len(files) > 1:
         raise CheckpointError(
