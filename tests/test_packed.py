@@ -107,6 +107,7 @@ def test_convolution_is_as_exact(options: dict, threads: int, packs: list[torch.
     [
         ("GenuineIntel", False, "AVX512", True), ("GenuineIntel", False, "AVX2", False),
         ("AuthenticAMD", True, "AVX512", True), ("AuthenticAMD", False, "AVX512", False),
+        ("AuthenticAMD", False, "AVX2", True), ("AuthenticAMD", True, "DEFAULT", False),
     ],
 )  # fmt: skip
 def test_where_packed_convolutions_are_faster(

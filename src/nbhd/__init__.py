@@ -6,19 +6,24 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from nbhd._version import __version__
-from nbhd.errors import NbhdError
+from nbhd.errors import ArgumentError, BackendError, NbhdError
 
 if TYPE_CHECKING:
     from nbhd import nn
-    from nbhd.functional import apply_attention_weights, attention_weights, na1d, na2d, na3d
+    from nbhd.functional import apply_attention_weights, attention_scores, attention_weights, na1d, na2d, na3d
+    from nbhd.merging import merge_attentions
     from nbhd.optimize import optimize_for_inference
     from nbhd.qkv import split_qkv
 
 __all__ = [
+    "ArgumentError",
+    "BackendError",
     "NbhdError",
     "__version__",
     "apply_attention_weights",
+    "attention_scores",
     "attention_weights",
+    "merge_attentions",
     "na1d",
     "na2d",
     "na3d",
@@ -27,7 +32,12 @@ __all__ = [
     "split_qkv",
 ]
 
-_HOMES = {"nn": "nn", "optimize_for_inference": "optimize", "split_qkv": "qkv"}
+_HOMES = {
+    "merge_attentions": "merging",
+    "nn": "nn",
+    "optimize_for_inference": "optimize",
+    "split_qkv": "qkv",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,11 +12,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from nbhd import ops
+from nbhd import dense, ops
 from nbhd.backends import reference
 from nbhd.errors import ArgumentError
 from nbhd.flops import tell_counters
 from nbhd.geometry import Neighborhood
+from nbhd.merging import merge_attentions
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -30,13 +31,15 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def na1d(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Ints, stride: Ints = ..., dilation: Ints = ...,
     is_causal: Bools = ..., scale: float | None = ..., *, rel_pos_bias: Tensor | None = ...,
-    return_lse: Literal[False] = ..., backend: str = ...,
+    return_lse: Literal[False] = ..., backend: str = ..., additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def na1d(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Ints, stride: Ints = ..., dilation: Ints = ...,
     is_causal: Bools = ..., scale: float | None = ..., *, rel_pos_bias: Tensor | None = ...,
-    return_lse: bool, backend: str = ...,
+    return_lse: bool, backend: str = ..., additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def na1d(
     query: Tensor,
@@ -51,6 +54,8 @@ def na1d(
     rel_pos_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from each token of a sequence to the ``kernel_size`` tokens around it.
 
@@ -62,21 +67,24 @@ def na1d(
         torch.Size([1, 1000, 4, 32])
     """
     return _attention(
-        1, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, return_lse, backend
-    )
+        1, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, return_lse, backend,
+        additional_keys, additional_values,
+    )  # fmt: skip
 
 
 @overload
 def na2d(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Ints, stride: Ints = ..., dilation: Ints = ...,
     is_causal: Bools = ..., scale: float | None = ..., *, rel_pos_bias: Tensor | None = ...,
-    return_lse: Literal[False] = ..., backend: str = ...,
+    return_lse: Literal[False] = ..., backend: str = ..., additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def na2d(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Ints, stride: Ints = ..., dilation: Ints = ...,
     is_causal: Bools = ..., scale: float | None = ..., *, rel_pos_bias: Tensor | None = ...,
-    return_lse: bool, backend: str = ...,
+    return_lse: bool, backend: str = ..., additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def na2d(
     query: Tensor,
@@ -91,12 +99,15 @@ def na2d(
     rel_pos_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from each position of a map to the ``kernel_size`` window of its nearest neighbours.
 
-    At a border the window is pushed inward, not padded, so every query sees the same number of keys (Hassani et al.
-    2023, arXiv:2204.07143). With ``dilation`` d the window is taken among the positions of the same residue mod d
-    (arXiv:2209.15001). With ``stride`` s, s consecutive queries share the window of one of them (arXiv:2504.16922).
+    At a border the window is pushed inward, not padded, so every query sees the same number of keys, unless it is
+    causal (Hassani et al. 2023, arXiv:2204.07143). With ``dilation`` d the window is taken among the positions of the
+    same residue mod d (arXiv:2209.15001). With ``stride`` s, s consecutive queries share the window of one of them:
+    of the one at ``s // 2``, or of the last where it is causal (arXiv:2504.16922). docs/attention.md draws them all.
 
     Args:
         query: ``[batch, X, Y, heads, dim]``; float64, float32, bfloat16 or float16, any strides. X are the rows.
@@ -107,16 +118,21 @@ def na2d(
             even window reaches one further to the left.
         stride: 1 to ``kernel_size``. ``stride == kernel_size`` is attention in blocks.
         dilation: at least 1.
-        is_causal: per axis; attend only to positions at or before the query along that axis.
+        is_causal: per axis; the window is the query's own place and the ``kernel_size - 1`` before it, fewer at the
+            beginning, instead of one around it.
         scale: factor on the scores before the softmax; default ``dim ** -0.5``. 0.0 is taken as 0.0.
         rel_pos_bias: ``[heads, 2 * kx - 1, 2 * ky - 1]`` added to the scaled scores, in a dtype of its own: the entry
             at (place of the key - place of the query + k - 1) on each axis, places counted in steps of ``dilation``.
         return_lse: also return the log-sum-exp of the scores, bias included. It has a gradient.
         backend: ``"auto"``, or the name of one (see ``nbhd info``): an error if that one cannot run the call.
+        additional_keys: ``[batch, tokens, kv_heads, dim]``, seen by every query beside its window, in one softmax with
+            it and without a bias: a text prompt, registers, learned sinks. With ``additional_values``.
+        additional_values: ``[batch, tokens, kv_heads, dim_v]``.
 
     Returns:
-        ``[batch, X, Y, heads, dim_v]`` in the dtype of ``query``; sums run in float32 (float64 for float64). With
-        ``return_lse`` also ``[batch, X, Y, heads]``, natural logarithm, float32 (float64 for float64).
+        ``[batch, X, Y, heads, dim_v]`` in the dtype of ``query``, or of an active autocast; sums run in float32
+        (float64 for float64). With ``return_lse`` also ``[batch, X, Y, heads]``, natural logarithm, float32 (float64
+        for float64).
 
     Raises:
         ArgumentError: shapes or parameters do not fit (a ``ValueError``; the message names the axis and a remedy).
@@ -128,21 +144,24 @@ def na2d(
         torch.Size([1, 14, 14, 4, 32])
     """
     return _attention(
-        2, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, return_lse, backend
-    )
+        2, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, return_lse, backend,
+        additional_keys, additional_values,
+    )  # fmt: skip
 
 
 @overload
 def na3d(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Ints, stride: Ints = ..., dilation: Ints = ...,
     is_causal: Bools = ..., scale: float | None = ..., *, rel_pos_bias: Tensor | None = ...,
-    return_lse: Literal[False] = ..., backend: str = ...,
+    return_lse: Literal[False] = ..., backend: str = ..., additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def na3d(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Ints, stride: Ints = ..., dilation: Ints = ...,
     is_causal: Bools = ..., scale: float | None = ..., *, rel_pos_bias: Tensor | None = ...,
-    return_lse: bool, backend: str = ...,
+    return_lse: bool, backend: str = ..., additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def na3d(
     query: Tensor,
@@ -157,6 +176,8 @@ def na3d(
     rel_pos_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from each position of a volume or video to the ``kernel_size`` box of its nearest neighbours.
 
@@ -169,8 +190,9 @@ def na3d(
         torch.Size([1, 8, 14, 14, 4, 32])
     """
     return _attention(
-        3, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, return_lse, backend
-    )
+        3, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, return_lse, backend,
+        additional_keys, additional_values,
+    )  # fmt: skip
 
 
 def attention_scores(
@@ -244,7 +266,8 @@ def apply_attention_weights(
 
     Args:
         weights: ``[batch, *spatial, heads, prod(kernel_size)]``, as from :func:`attention_weights`. They need not sum
-        to 1. value: ``[batch, *spatial, kv_heads, dim_v]``.
+            to 1.
+        value: ``[batch, *spatial, kv_heads, dim_v]``.
 
     Returns:
         ``[batch, *spatial, heads, dim_v]`` in the dtype of ``value``.
@@ -278,8 +301,16 @@ def apply_attention_weights(
 def _attention(
     axes: int, query: Tensor, key: Tensor, value: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints,
     is_causal: Bools, scale: float | None, rel_pos_bias: Tensor | None, return_lse: bool, backend: str,
+    additional_keys: Tensor | None, additional_values: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     query, key, value = _autocast(query, key, value)
+    if additional_keys is not None or additional_values is not None:
+        out, lse = _attention(
+            axes, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, True, backend,
+            None, None,
+        )  # fmt: skip
+        out, lse = _with_additional(out, lse, query, key, value, additional_keys, additional_values, scale)
+        return (out, lse) if return_lse else out
     if ops.is_watched(query, key, value, rel_pos_bias):
         neighborhood, scale = _check(
             axes, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, backend
@@ -310,6 +341,35 @@ def _attention(
 
 
 _calls: dict[Any, ops.PreparedCall] = {}
+
+
+def _with_additional(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, more_keys: Any, more_values: Any,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp of neighborhoods, with the tokens that every query sees besides."""
+    if more_keys is None or more_values is None:
+        raise ArgumentError("additional_keys and additional_values must be given together, got only one of them.")
+    more_keys, more_values = _autocast(more_keys, more_values)
+    for name, tensor, like in (("additional_keys", more_keys, key), ("additional_values", more_values, value)):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        _same_kind(name, tensor, "query", query)
+        batch, heads, dim = like.shape[0], like.shape[-2], like.shape[-1]
+        if tensor.ndim != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, heads, dim):
+            raise ArgumentError(
+                f"{name} must be [batch, tokens, heads, dim] = [{batch}, tokens, {heads}, {dim}], got {_shape(tensor)}."
+            )
+    if more_keys.shape[1] != more_values.shape[1]:
+        raise ArgumentError(
+            f"additional_values must have the tokens of additional_keys, {more_keys.shape[1]}, got "
+            f"{more_values.shape[1]}."
+        )
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    extra, extra_lse = dense.attend(query.flatten(1, -3), more_keys, more_values, factor, False, with_lse=True)
+    assert extra_lse is not None
+    extra, extra_lse = extra.unflatten(1, query.shape[1:-2]), extra_lse.unflatten(1, query.shape[1:-2])
+    return merge_attentions([out, extra], [lse, extra_lse])
 
 
 def _signature(
@@ -505,7 +565,8 @@ def _too_large(axis: str, k: int, d: int, length: int) -> str:
         remedy.insert(0, f"use kernel_size <= {length // d}")
     return (
         f"kernel_size * dilation must fit the map: axis {axis} has {length} positions, but kernel_size {k} with "
-        f"dilation {d} spans {k * d}. Here {', or '.join(remedy)}."
+        f"dilation {d} spans {k * d}. Here {', or '.join(remedy)}. Tensors are heads-last, "
+        "[batch, *spatial, heads, dim]."
     )
 
 

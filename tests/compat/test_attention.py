@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from nbhd import dense
 from nbhd.compat.natten import v0_20, v0_21, v0_21_1
-from nbhd.compat.natten.core import dense
 from nbhd.compat.natten.core.varlen import generate_varlen_parameters
 from nbhd.errors import ArgumentError
 

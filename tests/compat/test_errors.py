@@ -60,7 +60,7 @@ WRONG = {
     ),
     "additional keys alone": (
         lambda: v0_21.na2d(LAST, LAST, LAST, 3, additional_keys=torch.zeros(1, 3, 2, 4)),
-        r"`additional_keys` and `additional_values` must be either both Tensors or None",
+        r"additional_keys and additional_values must be given together",
     ),
     "no bias up to 0.14.4": (
         lambda: v0_14_4.functional.natten2dqkrpb(Q, Q, None, 1),

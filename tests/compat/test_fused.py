@@ -122,7 +122,7 @@ def test_additional_tokens_are_compared_after_autocast(era):
         for inputs in ((q, k, v), tuple(t.bfloat16() for t in (q, k, v))):
             out = era.na2d(*inputs, 3, additional_keys=more, additional_values=more.bfloat16())
             assert torch.equal(out, expected)
-    with pytest.raises(ArgumentError, match=r"additional_values is torch.bfloat16 on cpu, not torch.float32"):
+    with pytest.raises(ArgumentError, match=r"additional_values is torch.bfloat16, query torch.float32"):
         era.na2d(q, k, v, 3, additional_keys=more, additional_values=more.bfloat16())
 
 

@@ -47,6 +47,21 @@ def test_up_to_0_14_4_the_window_follows_from_bias_and_attention(axes):
     check(lambda a, b: qkrpb(a, b, bias, dilation), lambda a, b: av(a, b, dilation), q, k, v, expected)
 
 
+@pytest.mark.parametrize("axes", [1, 2])
+def test_autograd_functions_of_0_14_have_apply(axes):
+    """Copies of NATTEN's own modules in public code call these instead of the functions around them."""
+    spatial, kernel, _ = SETTINGS[axes]
+    tensors_of = tensors(spatial)
+    bias = torch.randn(2, *(2 * n - 1 for n in kernel), dtype=torch.float64)
+    expected = truth(*tensors_of, kernel, (1,) * axes, bias=bias)
+    for era, window in ((v0_14_4, (1,)), (v0_14, (3, 1))):
+        q, k, v = (t.clone().requires_grad_() for t in tensors_of)
+        qkrpb, av = (getattr(era.functional, f"NATTEN{axes}D{end}Function").apply for end in ("QKRPB", "AV"))
+        check(lambda a, b: qkrpb(a, b, bias, *window), lambda a, b: av(a, b, *window), q, k, v, expected)  # noqa: B023
+        av(torch.softmax(qkrpb(q, k, bias, *window), -1), v, *window).sum().backward()
+        assert all(t.grad is not None and t.grad.shape == t.shape for t in (q, k, v))
+
+
 @pytest.mark.parametrize("era", [v0_14, v0_15, v0_17, v0_21])
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("form", ["qkrpb", "qk"])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbhd.compat.natten.core import dense, packed
+from nbhd import dense
+from nbhd.compat.natten.core import packed
 from nbhd.compat.natten.core.checks import misfit
 from nbhd.compat.natten.core.signature import Signature
 from nbhd.compat.natten.core.tensors import autocast, check_tensor

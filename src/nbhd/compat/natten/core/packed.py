@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbhd.compat.natten.core import dense
+from nbhd import dense
 from nbhd.errors import ArgumentError
 
 Range = tuple[int, int]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nbhd.compat.natten.core.signature import Signature, Unsupported
@@ -16,11 +14,6 @@ from nbhd.functional import _autocast
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of an active autocast, float64 excepted. NATTEN up to 0.17 casts to float16 always."""
     return _autocast(*tensors)
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which nothing is cast. The meta device has no autocast, and asking for it raises."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_tensor(signature: Signature, name: str, tensor: Any, rank: int) -> None:

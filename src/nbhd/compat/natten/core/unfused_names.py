@@ -217,6 +217,15 @@ def av(era: str, module: str, axes: int) -> Function:
     return named(av, name, module, _doc(_VALUES, axes, signature))
 
 
+def with_apply(function: Function, name: str) -> type:
+    """A class ``name`` whose ``apply`` is the function: callers take no more than that of NATTEN's autograd functions.
+
+    The function has its own gradient already.
+    """
+    members = {"apply": staticmethod(function), "__module__": function.__module__, "__doc__": function.__doc__}
+    return type(name, (), members)
+
+
 def _text(tensor: Any) -> str:
     return str(tuple(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__
 

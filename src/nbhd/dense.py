@@ -1,7 +1,8 @@
-"""Attention over all keys, with a log-sum-exp that has a gradient: for additional tokens and ``attention``."""
+"""Attention over all keys, with a log-sum-exp that has a gradient: for additional tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nbhd.compat.natten.core.tensors import no_autocast
+from nbhd._modes import is_transformed
 
 #: Scores computed at once. Bounds the memory beyond inputs and outputs.
 CHUNK_ELEMENTS = 1 << 22
@@ -32,6 +33,8 @@ def attend(
     if with_lse:
         if torch.compiler.is_compiling():  # which takes no tensor twice: one may be query, key and value at once
             key, value = key.view_as(key), value.view_as(value)
+        elif is_transformed():
+            return output_and_lse(query, key, value, scale, is_causal)
         out, lse = _Attend.apply(query, key, value, scale, is_causal)
         return out, lse
     out = scaled_dot_product_attention(
@@ -43,6 +46,11 @@ def attend(
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.transpose(1, 2), None
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which nothing is cast. The meta device has no autocast, and asking for it raises."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +86,9 @@ def _chunks(query: Tensor, key: Tensor) -> list[tuple[int, int]]:
 
 
 def output_and_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over one or more keys, without a gradient of its own."""
+    """Output and log-sum-exp over one or more keys, in ordinary operations where ``torch.func`` is at work."""
+    if _suits_pytorchs(query, key, value, is_causal):
+        return _by_pytorchs(query, key, value, scale)
     with no_autocast(query.device):
         kv_heads = key.shape[2]
         q, k, v = _rows(query, kv_heads), _rows(key, kv_heads), _rows(value, kv_heads)
@@ -89,6 +99,26 @@ def output_and_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, is_c
             lses.append(torch.logsumexp(scores, -1, keepdim=True))
         lse = torch.cat(lses, -2)
         return _back(torch.cat(outs, -2), query.dtype), _back(lse, lse.dtype).squeeze(-1)
+
+
+def _suits_pytorchs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
+    """Whether PyTorch's own kernel for CPUs, which keeps no scores, takes the call."""
+    if query.device.type != "cpu" or is_causal or query.shape[-1] != value.shape[-1]:
+        return False
+    if not torch.compiler.is_compiling() and is_transformed():
+        return False  # ordinary operations have rules for everything
+    return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def _by_pytorchs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # query heads that share a key head stand as more queries of one head
+    groups = query.shape[2] // key.shape[2]
+    rows = query.unflatten(2, (key.shape[2], groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, key.transpose(1, 2), value.transpose(1, 2), scale=scale
+    )
+    out, lse = (t.unflatten(2, (groups, query.shape[1])).transpose(2, 3) for t in (out, lse))  # [b, h, queries, g, ...]
+    return out.transpose(1, 2).flatten(2, 3), lse.transpose(1, 2).flatten(2, 3)
 
 
 def gradients(
