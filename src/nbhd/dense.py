@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from nbhd._modes import is_transformed
 
@@ -111,14 +111,36 @@ def _suits_pytorchs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) 
 
 
 def _by_pytorchs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    # query heads that share a key head stand as more queries of one head
-    groups = query.shape[2] // key.shape[2]
-    rows = query.unflatten(2, (key.shape[2], groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, key.transpose(1, 2), value.transpose(1, 2), scale=scale
-    )
-    out, lse = (t.unflatten(2, (groups, query.shape[1])).transpose(2, 3) for t in (out, lse))  # [b, h, queries, g, ...]
-    return out.transpose(1, 2).flatten(2, 3), lse.transpose(1, 2).flatten(2, 3)
+    rows, heads = _rows_of_kv_heads(query, key.shape[2]), (key.transpose(1, 2), value.transpose(1, 2))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, *heads, scale=scale)
+    return _heads_of(out, query.shape[1]), _heads_of(lse, query.shape[1])
+
+
+def _gradients_by_pytorchs(
+    d_out: Tensor, d_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel knows no gradient of a log-sum-exp; one more channel makes it, 1 in values and d_lse in ``d_out``.
+
+    With it dP is larger by d_lse, and with 0 in ``out`` rowsum(d_out * out) stays what it is.
+    """
+    kv_heads = key.shape[2]
+    query, out, d_out = pad(query, (0, 1)), pad(out, (0, 1)), torch.cat([d_out, d_lse[..., None].to(d_out.dtype)], -1)
+    rows, d_o, o, log_sum = (_rows_of_kv_heads(t, kv_heads) for t in (query, d_out, out, lse))
+    k, v = pad(key, (0, 1)).transpose(1, 2), pad(value, (0, 1), value=1.0).transpose(1, 2)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    d_query, d_key, d_value = backward(d_o, rows, k, v, o, log_sum, 0.0, False, scale=scale)
+    found = _heads_of(d_query, query.shape[1]), d_key.transpose(1, 2), d_value.transpose(1, 2)
+    return found[0][..., :-1], found[1][..., :-1], found[2][..., :-1]
+
+
+def _rows_of_kv_heads(tensor: Tensor, kv_heads: int) -> Tensor:
+    """``[batch, queries, heads, ...]`` as ``[batch, kv_heads, groups * queries, ...]``: as more queries of one head."""
+    return tensor.unflatten(2, (kv_heads, -1)).movedim(1, 3).flatten(2, 3)
+
+
+def _heads_of(tensor: Tensor, queries: int) -> Tensor:
+    """The way back from there."""
+    return tensor.unflatten(2, (-1, queries)).movedim(3, 1).flatten(2, 3)
 
 
 def gradients(
@@ -148,7 +170,7 @@ def gradients(
 
 
 class _Attend(torch.autograd.Function):
-    """:func:`output_and_lse` with :func:`gradients`."""
+    """:func:`output_and_lse` with :func:`gradients`, or those of PyTorch's kernel where it made the output."""
 
     generate_vmap_rule = True
 
@@ -159,11 +181,16 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         query, key, value, ctx.scale, ctx.is_causal = inputs
-        ctx.save_for_backward(query, key, value)
+        # in 16 bits d_lse would be rounded, and the compiler looks for one way
+        is_exact = query.dtype == exact(query.dtype) and not torch.compiler.is_compiling()
+        ctx.by_pytorchs = is_exact and _suits_pytorchs(query, key, value, ctx.is_causal)
+        ctx.save_for_backward(query, key, value, *(output if ctx.by_pytorchs else ()))
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        query, key, value = ctx.saved_tensors
+        query, key, value, *made = ctx.saved_tensors
+        if ctx.by_pytorchs and not torch.is_grad_enabled() and not is_transformed():
+            return *_gradients_by_pytorchs(d_out, d_lse, query, key, value, *made, ctx.scale), None, None
         return *gradients(d_out, d_lse, query, key, value, ctx.scale, ctx.is_causal), None, None
 
 
