@@ -259,7 +259,7 @@ def test_functions_put_into_classes(where: type, monkeypatch: pytest.MonkeyPatch
 
     def other(self: Any, *given: Any) -> Any:
         made = real(self, *given)
-        return (made[0] * 2, made[1]) if isinstance(made, tuple) else made * 2
+        return (made[0] * 2, *made[1:]) if isinstance(made, tuple) else made * 2
 
     monkeypatch.setattr(where, name, other)
     model = network().eval()
@@ -295,8 +295,10 @@ def test_what_has_the_plain_layers(what: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(joined_operator, "joined_layers_are_faster", lambda *_: False)
         expected = 0
     run, graphs = compiled(model)
+    # of a processor without products of 16 bits graphs have PyTorch's, which round what float32 does not
+    tolerance = {"rtol": 0.02, "atol": 2e-3} if what == "autocast" else {}
     with context():
-        torch.testing.assert_close(run(PIXELS).logits, model(PIXELS).logits)
+        torch.testing.assert_close(run(PIXELS).logits, model(PIXELS).logits, **tolerance)
     assert graphs == [expected]
 
 

@@ -106,8 +106,8 @@ class Adapted(nn.Module):
 
 class OwnAttention(NeighborhoodAttention):
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> Any:
-        context, probabilities = super().forward(hidden_states, output_attentions)
-        return 2 * context, probabilities
+        context, *probabilities = super().forward(hidden_states, output_attentions)
+        return (2 * context, *probabilities)
 
 
 def _adapt(attention: NeighborhoodAttention) -> None:

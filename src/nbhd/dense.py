@@ -190,7 +190,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         query, key, value, *made = ctx.saved_tensors
         if ctx.by_pytorchs and not torch.is_grad_enabled() and not is_transformed():
-            return *_gradients_by_pytorchs(d_out, d_lse, query, key, value, *made, ctx.scale), None, None
+            return *_gradients_by_pytorchs(d_out, d_lse, query, key, value, made[0], made[1], ctx.scale), None, None
         return *gradients(d_out, d_lse, query, key, value, ctx.scale, ctx.is_causal), None, None
 
 

@@ -281,3 +281,53 @@ def test_equality_compares_every_setting() -> None:
     assert NatConfig() == NatConfig()
     assert NatConfig() != NatConfig(depths=[3, 4, 18, 5])
     assert NatConfig() != NatConfig(kernel_size=5)
+
+
+# Subclasses
+
+
+class Plain(NatConfig):
+    model_type = "plain-nat"
+
+
+class Annotated(NatConfig):
+    model_type = "annotated-nat"
+    extra: int = 4
+
+
+class Written(NatConfig):
+    model_type = "written-nat"
+
+    def __init__(self, extra: int = 3, **others: Any) -> None:
+        super().__init__(**others)
+        self.extra = extra
+
+
+@pytest.mark.parametrize("kind", [Plain, Annotated, Written])
+def test_a_subclass_is_built_saved_and_loaded(kind: type[NatConfig], tmp_path: Path) -> None:
+    assert kind.from_variant("nat_tiny").depths == [3, 4, 18, 5]
+    settings = SMALL if kind is Plain else SMALL | {"extra": 7}
+    config = kind(**settings)
+    config.save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path)
+    assert type(again) is kind
+    assert again.to_dict() == config.to_dict()
+    assert getattr(again, "extra", 7) == 7
+    assert again.depths == [1, 1]
+
+
+def test_a_subclass_takes_positional_arguments_as_its_parent_does() -> None:
+    assert Plain(2, 1, 12).embed_dim == NatConfig(2, 1, 12).embed_dim == 12
+
+
+@pytest.mark.parametrize("kind", [NatConfig, Plain, Written])
+def test_what_overrides_a_subclass_is_checked_and_derived_from(kind: type[NatConfig], tmp_path: Path) -> None:
+    kind(**SMALL).save_pretrained(tmp_path)
+    config = kind.from_pretrained(tmp_path, embed_dim=16, depths=(1, 1, 1), num_heads=(1, 2, 4), extra=9)
+    assert (config.hidden_size, config.num_layers, config.depths) == (64, 3, [1, 1, 1])
+    assert config.stage_names == ["stem", "stage1", "stage2", "stage3"]
+    assert config.out_features == ["stage3"]
+    with pytest.raises(ArgumentError, match="kernel_size"):
+        kind.from_pretrained(tmp_path, kernel_size=-3)
+    with pytest.raises(ArgumentError, match="differ"):
+        kind.from_pretrained(tmp_path, num_heads=[1, 2], num_attention_heads=[2, 2])

@@ -54,6 +54,48 @@ def test_gradients_of_each_image_by_vmap(attentions: bool) -> None:
             torch.testing.assert_close(found[name][i], one)
 
 
+# Subclasses and hooks
+
+
+class Sorter(NatForImageClassification):
+    """Transformers tells a loss by the name of the class."""
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"), [(torch.tensor([0, 3]), "single_label"), (torch.rand(2, 5), "multi_label")]
+)
+def test_losses_do_not_depend_on_the_name_of_the_class(labels: torch.Tensor, kind: str) -> None:
+    pixels = torch.randn(2, 3, 20, 24)
+    model = build(Sorter)
+    loss = model(pixels, labels=labels).loss
+    assert loss == build()(pixels, labels=labels).loss
+    assert model.config.problem_type == f"{kind}_classification"
+
+
+@pytest.mark.parametrize("attentions", [False, True])
+def test_modules_return_no_none(attentions: bool) -> None:
+    """Tools that hook into layers take each entry for a tensor; 4.40.2 had as many."""
+    model, seen = build(), {}
+    for name, module in model.named_modules():
+        if name.endswith(("attention", "attention.self", "layers.0", "levels.0")):
+            module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
+    model(torch.randn(1, 3, 20, 24), output_attentions=attentions)
+    assert len(seen) > 4
+    assert all(torch.is_tensor(entry) for output in seen.values() for entry in output)
+    assert len(seen["nat.encoder.levels.0"]) == 2 + attentions
+    assert len(seen["nat.encoder.levels.0.layers.0"]) == 1 + attentions
+
+
+def test_a_layer_may_be_one_that_returns_its_output_alone() -> None:
+    class Identity(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor]:
+            return (hidden_states,)
+
+    model = build()
+    model.nat.encoder.levels[0].layers[0] = Identity()
+    assert torch.isfinite(model(torch.randn(1, 3, 20, 24)).logits).all()
+
+
 # Sizes
 
 

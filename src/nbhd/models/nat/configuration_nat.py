@@ -93,6 +93,13 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None
     _out_indices: list[int] | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        has_its_own = "__init__" in cls.__dict__
+        super().__init_subclass__(**kwargs)
+        # Where transformers makes a dataclass of it that has one made of the annotations alone, which have no defaults.
+        if not has_its_own and "__init__" in cls.__dict__:
+            del cls.__init__
+
     # Hand-written rather than the dataclass's: 4.40.2 took positional arguments and did not tell 2 from 2.0.
     def __init__(
         self,
@@ -187,7 +194,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         if file is None or folder_of(file) is not None:
             name = pretrained_model_name_or_path if file is None else file.parent
             config_dict, kwargs = super().get_config_dict(name, **kwargs)
-            return _without_dinat(_inside(config_dict, name)), kwargs
+            return _without_dinat(_inside(config_dict, name, cls.model_type)), kwargs
         config, _ = infer_config(read_original(file), dilations=kwargs.get("dilations"))
         return config.to_dict(), {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_ARGUMENTS}
 
@@ -198,7 +205,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         Arguments of the class among ``kwargs`` win over them, and are checked and made lists as the class does it.
         """
         settings = _without_dinat(config_dict)
-        known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+        known = _arguments(NatConfig) | _arguments(cls)  # a subclass may pass on what it does not name
         if (heads := kwargs.pop("num_attention_heads", None)) is not None:
             kwargs["num_heads"] = _one_of_both(kwargs.get("num_heads", _HEADS), heads)
         given = {name: kwargs.pop(name) for name in tuple(kwargs) if name in known}
@@ -328,6 +335,12 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
     __hash__ = None  # type: ignore[assignment]
 
 
+def _arguments(kind: type) -> set[str]:
+    """What can be given to ``kind`` by name."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+
+
 def _as_list(name: str, value: Any) -> list:
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise ArgumentError(
@@ -348,11 +361,14 @@ def _one_of_both(num_heads: Any, num_attention_heads: Any) -> list:
     return heads
 
 
-def _inside(config_dict: dict[str, Any], name: object) -> dict[str, Any]:
-    """The settings of the NAT or the DiNAT that these are of, or that is in the model they are of."""
+def _inside(config_dict: dict[str, Any], name: object, own_type: str) -> dict[str, Any]:
+    """The settings of the NAT or the DiNAT that these are of, or that is in the model they are of.
+
+    So are those of ``own_type``, which a subclass of the configuration has.
+    """
     places = (config_dict, config_dict.get("backbone_config"), *config_dict.values())
     for settings in places:
-        if isinstance(settings, dict) and settings.get("model_type", "") in ("nat", "dinat"):
+        if isinstance(settings, dict) and settings.get("model_type", "") in ("nat", "dinat", own_type):
             return settings
     if "model_type" not in config_dict:
         return config_dict

@@ -40,11 +40,11 @@ class FusedNeighborhoodAttention(nn.Module):
         self.register_load_state_dict_pre_hook(_join)
         self.train(attention.training)
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, ...]:
         """``(B, H, W, dim)`` to the same, and the attention probabilities if asked for."""
         qkv = self.qkv(hidden_states)
         if not output_attentions:
-            return self.attend(qkv), None
+            return (self.attend(qkv),)
         query, key, value = self._parts(qkv)
         options: Any = {"dilation": self.dilation}
         weights = attention_weights(query, key, self.kernel_size, rel_pos_bias=self.rpb, **options)

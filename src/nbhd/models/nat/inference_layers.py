@@ -56,7 +56,7 @@ class PackedNatLayer(NatLayer):
         """Whether ``layer`` is a `NatLayer` made of nothing but its own parts, its linear layers packed."""
         return type(layer) is NatLayer and _PARTS.are_all_of(layer) and has_exact_gelu(layer.intermediate)
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, ...]:
         """``(B, H, W, dim)`` to the same, and the attention probabilities if asked for."""
         whole = None
         if (
@@ -67,7 +67,7 @@ class PackedNatLayer(NatLayer):
         ):
             whole = self._found()
         output = whole(self, hidden_states) if whole is not None else None
-        return super().forward(hidden_states, output_attentions) if output is None else (output, None)
+        return super().forward(hidden_states, output_attentions) if output is None else (output,)
 
     #: With what it was made for.
     _whole: tuple[object, _Whole] | None = None  # threads replace it as a whole

@@ -150,12 +150,11 @@ class NeighborhoodAttention(nn.Module):
         self.value = Linear(dim, dim, bias=config.qkv_bias)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, ...]:
+        """``(context,)``, and the attention probabilities if asked for."""
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         if not output_attentions and not (self.training and self.dropout.p > 0):
-            return self.attend(query, key, value), None
+            return (self.attend(query, key, value),)
 
         query, key, value = (self._by_heads(part) for part in (query, key, value))
         # The fused operator never holds the probabilities; to return them or to drop some takes the two halves.
@@ -166,7 +165,7 @@ class NeighborhoodAttention(nn.Module):
         returned = self.dropout(probabilities).permute(0, 3, 1, 2, 4)
         weights = returned.permute(0, 2, 3, 1, 4)
         context = apply_attention_weights(weights, value, self.kernel_size, dilation=self.dilation)
-        return context.flatten(-2), returned if output_attentions else None
+        return (context.flatten(-2), returned) if output_attentions else (context.flatten(-2),)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """What the layer makes of the three projections, without dropout."""
@@ -198,11 +197,9 @@ class NeighborhoodAttentionModule(nn.Module):
         self.self = NeighborhoodAttention(config, dim, num_heads, kernel_size, dilation)
         self.output = NeighborhoodAttentionOutput(config, dim)
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        context, probabilities = self.self(hidden_states, output_attentions)
-        return self.output(context), probabilities
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, ...]:
+        context, *probabilities = self.self(hidden_states, output_attentions)
+        return (self.output(context), *probabilities)
 
 
 class NatIntermediate(nn.Module):
@@ -273,21 +270,20 @@ class NatLayer(GradientCheckpointingLayer):
             else None
         )
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, ...]:
+        """``(hidden_states,)``, and the attention probabilities if asked for."""
         if not output_attentions:
             if self._runs_joined(hidden_states):
                 hidden_states = self._add(
                     hidden_states, joined_layers.attention_branch, self._plain_attention_branch, 0
                 )
-                return self._add(hidden_states, joined_layers.mlp_branch, self._mlp_branch, 1), None
+                return (self._add(hidden_states, joined_layers.mlp_branch, self._mlp_branch, 1),)
             if self._may_leave_out(hidden_states):
                 hidden_states = self._add_for_some(hidden_states, self._plain_attention_branch)
-                return self._add_for_some(hidden_states, self._mlp_branch), None
-        branch, probabilities = self._attention_branch(hidden_states, output_attentions)
+                return (self._add_for_some(hidden_states, self._mlp_branch),)
+        branch, *probabilities = self._attention_branch(hidden_states, output_attentions)
         hidden_states = hidden_states + self.drop_path(branch)
-        return hidden_states + self.drop_path(self._mlp_branch(hidden_states)), probabilities
+        return (hidden_states + self.drop_path(self._mlp_branch(hidden_states)), *probabilities)
 
     def _runs_joined(self, hidden_states: torch.Tensor) -> bool:
         """Whether the layer is computed in a few calls: where that is faster, and nobody can tell."""
@@ -348,11 +344,9 @@ class NatLayer(GradientCheckpointingLayer):
     def _plain_attention_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._attention_branch(hidden_states, False)[0]
 
-    def _attention_branch(
-        self, hidden_states: torch.Tensor, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        branch, probabilities = self._attend(self.layernorm_before(hidden_states), output_attentions)
-        return self._scale(branch, 0), probabilities
+    def _attention_branch(self, hidden_states: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, ...]:
+        branch, *probabilities = self._attend(self.layernorm_before(hidden_states), output_attentions)
+        return (self._scale(branch, 0), *probabilities)
 
     def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._scale(self.output(self.intermediate(self.layernorm_after(hidden_states))), 1)
@@ -397,7 +391,7 @@ class NatLayer(GradientCheckpointingLayer):
         dtype = torch.promote_types(hidden_states.dtype, some.dtype)  # autocast makes them two
         return hidden_states.to(dtype).index_add(0, kept, some.to(dtype), alpha=factor)
 
-    def _attend(self, branch: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend(self, branch: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, ...]:
         """Attention on a map padded to the window's size where it is smaller.
 
         The padding is plain zeros after the norm, at the lower and right border. It is not masked and so takes part
@@ -410,12 +404,10 @@ class NatLayer(GradientCheckpointingLayer):
         if not pad_bottom and not pad_right:
             return self.attention(branch, output_attentions)
         padded = nn.functional.pad(branch, (0, 0, 0, pad_right, 0, pad_bottom))
-        attended, probabilities = self.attention(padded, output_attentions)
-        return attended[:, :height, :width], probabilities
+        attended, *probabilities = self.attention(padded, output_attentions)
+        return (attended[:, :height, :width], *probabilities)
 
-    def _attend_any_size(
-        self, branch: torch.Tensor, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend_any_size(self, branch: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, ...]:
         """The same without a branch, for an exported graph that takes maps smaller and larger than the window.
 
         Cropping is by index because a slice would make the graph demand that nothing is cropped.
@@ -424,10 +416,10 @@ class NatLayer(GradientCheckpointingLayer):
         pad_bottom = torch.sym_max(self.window_size, height) - height
         pad_right = torch.sym_max(self.window_size, width) - width
         padded = nn.functional.pad(branch, (0, 0, 0, pad_right, 0, pad_bottom))
-        attended, probabilities = self.attention(padded, output_attentions)
+        attended, *probabilities = self.attention(padded, output_attentions)
         rows = torch.arange(height, device=branch.device)
         columns = torch.arange(width, device=branch.device)
-        return attended.index_select(1, rows).index_select(2, columns), probabilities
+        return (attended.index_select(1, rows).index_select(2, columns), *probabilities)
 
     def _scale(self, branch: torch.Tensor, row: int) -> torch.Tensor:
         return branch if self.layer_scale_parameters is None else self.layer_scale_parameters[row] * branch
@@ -491,16 +483,16 @@ class NatStage(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False, downsample: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, ...]:
         """The map after and before downsampling, and the last layer's attention probabilities if asked for."""
-        probabilities = None
+        probabilities: list[torch.Tensor] = []
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            hidden_states, probabilities = layer(hidden_states, output_attentions and i == last)
+            hidden_states, *probabilities = layer(hidden_states, output_attentions and i == last)
         before = hidden_states
         if self.downsample is not None and downsample:
             hidden_states = self.downsample(hidden_states)
-        return hidden_states, before, probabilities
+        return (hidden_states, before, *probabilities)
 
 
 class NatEncoder(nn.Module):
@@ -542,11 +534,10 @@ class NatEncoder(nn.Module):
         levels = self.levels if num_levels is None else self.levels[:num_levels]
         for i, level in enumerate(levels):
             downsample = i < len(levels) - 1 or not output_hidden_states_before_downsampling
-            hidden_states, before, probabilities = level(hidden_states, output_attentions, downsample)
+            hidden_states, before, *probabilities = level(hidden_states, output_attentions, downsample)
             if output_hidden_states:
                 states.append(before if output_hidden_states_before_downsampling else hidden_states)
-            if probabilities is not None:
-                attentions.append(probabilities)
+            attentions += probabilities
         return NatEncoderOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(states) if output_hidden_states else None,

@@ -255,6 +255,8 @@ class NatForImageClassification(NatPreTrainedModel):
 
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)
+        if self.loss_type is None:  # transformers tells it by the class's name, which a subclass may not have
+            self.loss_type = "ForImageClassification"
         self.num_labels: int = config.num_labels or 0
         self.nat = NatModel(config)
         self.classifier = nn.Linear(self.nat.num_features, self.num_labels) if self.num_labels > 0 else nn.Identity()
