@@ -30,6 +30,8 @@ class Pace:
         seconds: what all rounds of one case should take together.
         sample_s: a sample is as many calls as take this long.
         least_rounds, most_rounds: limits, whatever the seconds say.
+        slow_s: a call that takes longer is made in one round alone: PyTorch's 16 bits take a minute for a training step
+            on processors that have no instructions for them.
         mm_size: rows and columns of the product.
     """
 
@@ -37,6 +39,7 @@ class Pace:
     sample_s: float = 0.01
     least_rounds: int = 3
     most_rounds: int = 30
+    slow_s: float = 15.0
     mm_size: int = MM_SIZE
 
 
@@ -106,7 +109,8 @@ def _plan(tasks: list[_Task], threads: tuple[int, ...], pace: Pace, first: str) 
                 task.cost = time.perf_counter() - start
     budget = pace.seconds / max(1, len(tasks))
     for task in tasks:
-        task.rounds = min(pace.most_rounds, max(pace.least_rounds, int(budget / max(task.cost, 1e-9))))
+        least = pace.least_rounds if task.cost < pace.slow_s else 1
+        task.rounds = min(pace.most_rounds, max(least, int(budget / max(task.cost, 1e-9))))
     limits = {(task.threads, task.run): task.rounds for task in tasks if task.subject == first}
     for task in tasks:
         task.rounds = min(task.rounds, limits.get((task.threads, task.run), pace.least_rounds))

@@ -10,6 +10,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,6 +236,17 @@ def test_every_round_has_the_first_subject_and_its_own_product():
     assert 3 <= sum(s is not None for s in found["subjects"]["b"]["forward"]) <= rounds
     two = interleave([_fake("a", 1.0), _fake("b", 2.0, only_at=1)], (2,), pace, "a")["2"]
     assert set(two["subjects"]) == {"a"}
+
+
+def test_what_takes_long_is_timed_once():
+    def slow(repeats: int) -> dict[str, float]:
+        time.sleep(0.05)
+        return {"forward": 0.05 * repeats}
+
+    pace = Pace(seconds=0.0, sample_s=0.0, least_rounds=3, most_rounds=8, slow_s=0.02, mm_size=16)
+    found = interleave([_fake("a", 1.0), Subject("b", {"forward": slow}, units=1)], (1,), pace, "a")["1"]
+    assert found["subjects"]["a"]["forward"] == [1.0] * 3
+    assert sum(s is not None for s in found["subjects"]["b"]["forward"]) == 1
 
 
 def test_rarer_runs_are_spread_and_paired():

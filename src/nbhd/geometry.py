@@ -68,11 +68,6 @@ class AxisTable:
     first_query: Tensor
     query_count: Tensor
 
-    @property
-    def is_full(self) -> bool:
-        """Whether every window has all ``kernel_size`` keys (always, unless causal)."""
-        return bool((self.count == self.kernel_size).all())
-
 
 def window(
     position: Tensor, length: int, kernel_size: int, stride: int, dilation: int, is_causal: bool

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbhd import dense
-from nbhd.compat.natten.core import packed
+from nbhd.compat.natten.core import packed_sequences
 from nbhd.compat.natten.core.checks import misfit
 from nbhd.compat.natten.core.signature import Signature
 from nbhd.compat.natten.core.tensors import autocast, check_tensor
@@ -54,7 +54,7 @@ def attention(
         )
     if torch.compiler.is_compiling() and any(isinstance(given, Tensor) for given in lengths):
         sum_q, sum_kv = _sums_in_a_graph(signature, lengths)
-        out, lse = packed.attend(query, key, value, sum_q, sum_kv, factor, is_causal)
+        out, lse = packed_sequences.attend(query, key, value, sum_q, sum_kv, factor, is_causal)
         return (out, lse) if return_lse else out
     outs, lses = [], []
     for (q0, q1), (k0, k1) in _sequences(signature, query, key, value, lengths):
@@ -122,7 +122,7 @@ def _check_ints(signature: Signature, name: str, given: Any) -> None:
 
 def _sequences(
     signature: Signature, query: Tensor, key: Tensor, value: Tensor, given: tuple[Any, ...]
-) -> Iterator[tuple[packed.Range, packed.Range]]:
+) -> Iterator[tuple[packed_sequences.Range, packed_sequences.Range]]:
     lengths_q, lengths_kv, sum_q, sum_kv, max_q, max_kv = given
     if _check_given(signature, given):
         sums = [[0, *itertools.accumulate(lengths)] for lengths in _from_lengths(signature, lengths_q, lengths_kv)]
@@ -137,7 +137,7 @@ def _sequences(
                     f"{name} must be an int of at least {longest}, the longest sequence, got {most!r}."
                 )
     try:
-        return packed.ranges(sums[0], sums[1], query.shape[1], key.shape[1])
+        return packed_sequences.ranges(sums[0], sums[1], query.shape[1], key.shape[1])
     except ArgumentError as error:
         raise signature.error(str(error)) from None
 
