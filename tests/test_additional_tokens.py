@@ -87,6 +87,52 @@ def test_dtypes(dtype, tolerance, tokens):
     assert torch.equal(alone, out)
 
 
+STRIDED = {
+    "channels first": lambda t: t.movedim(-1, 1).contiguous().movedim(1, -1),
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[..., :1].expand(t.shape),
+    "heads first": lambda t: t.movedim(-2, 1).contiguous().movedim(1, -2),
+}
+
+
+@pytest.mark.parametrize("lie", STRIDED)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_however_channels_lie(lie, kv_heads):
+    plain = [t.detach() for t in tensors(2, torch.float32, kv_heads=kv_heads)]
+    if lie == "expanded":
+        plain = [t[..., :1].expand(t.shape).contiguous() for t in plain]
+    strided = [STRIDED[lie](t).requires_grad_() for t in plain]
+    results = []
+    for q, k, v, more_k, more_v in ([t.clone().requires_grad_() for t in plain], strided):
+        out, lse = nbhd.na2d(q, k, v, 3, return_lse=True, additional_keys=more_k, additional_values=more_v)
+        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+        inputs = q, k, v, more_k, more_v
+        results.append((out, lse, *torch.autograd.grad((out * weight).sum() + lse.sum(), inputs)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_of_gradients():
+    q, k, v, more_k, more_v = tensors(1)
+    out = nbhd.na1d(q, k, v, 3, additional_keys=more_k, additional_values=more_v)
+    several = torch.randn(3, *out.shape, dtype=out.dtype)
+    together = torch.autograd.grad(out, (q, more_k, more_v), several, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(several):
+        for a, b in zip(together, torch.autograd.grad(out, (q, more_k, more_v), one, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_a_window_that_a_bias_hides_leaves_the_tokens():
+    q, k, v, more_k, more_v = (t.detach() for t in tensors(1))
+    hides = torch.full((4, 5), -math.inf, dtype=torch.float64)
+    out, lse = nbhd.na1d(
+        q, k, v, 3, rel_pos_bias=hides, return_lse=True, additional_keys=more_k, additional_values=more_v
+    )
+    expected, exact = truth(q, k, v, more_k, more_v, (3, 1, 1, False), hides)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, exact)
+
+
 def test_no_tokens_change_nothing():
     q, k, v, more_k, more_v = tensors(2, tokens=0)
     out = nbhd.na2d(q, k, v, 3, additional_keys=more_k, additional_values=more_v)

@@ -272,3 +272,14 @@ def test_a_program_recorded_by_torch_jit_computes():
     traced = torch.jit.trace(lambda a, b, c: nbhd.na2d(a, b, c, 3), (q, k, v))
     other = [t.flip(1) for t in (q, k, v)]
     assert torch.allclose(traced(*other), nbhd.na2d(*other, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["plain", "negated"])
+def test_negated_views_are_not_taken_for_plain_ones(first):
+    """The imaginary part of a conjugate has the layout of any other view, and is copied before use."""
+    real = torch.randn(2, 40, 3, 1, dtype=torch.complex64)
+    plain, negated = real.imag, real.conj().imag
+    assert negated.is_neg() and plain.stride() == negated.stride()
+    for one in (plain, negated) if first == "plain" else (negated, plain):
+        dense = one.resolve_neg().clone(memory_format=torch.contiguous_format)
+        torch.testing.assert_close(nbhd.na1d(one, one, one, 5), nbhd.na1d(dense, dense, dense, 5))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
+import nbhd
+from nbhd import geometry
 from nbhd.geometry import axis_table
 from tests.truth import keys_of
 
@@ -60,3 +65,16 @@ def test_windows_of_known_examples(axis, expected):
 def test_only_a_causal_axis_has_windows_that_are_not_full():
     assert (axis_table(9, 4, 2, 2, False).count == 4).all()
     assert (axis_table(9, 4, 2, 2, True).count < 4).any()
+
+
+def test_tables_of_ever_new_lengths_are_forgotten(monkeypatch):
+    """A server sees sequences of every length."""
+    monkeypatch.setattr(geometry, "MOST_BYTES", 1 << 20)
+    made = []
+    for length in range(4000, 4100):
+        tokens = torch.zeros(1, length, 1, 1)
+        nbhd.na1d(tokens, tokens, tokens, 3)
+        made.append(weakref.ref(axis_table(length, 3, 1, 1, False)))
+    alive = [table() for table in made if table() is not None]
+    assert alive
+    assert sum(4 * 8 * table.length for table in alive) <= 1 << 20

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from nbhd._gradients import is_special
 from nbhd._modes import is_transformed
 
 #: Scores computed at once. Bounds the memory beyond inputs and outputs.
@@ -60,13 +61,15 @@ def exact(dtype: torch.dtype) -> torch.dtype:
 
 def _rows(tensor: Tensor, kv_heads: int) -> Tensor:
     """``[batch, tokens, heads, c]`` as ``[batch, kv_heads, groups, tokens, c]`` in the accumulation dtype."""
-    grouped = tensor.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    batch, tokens, heads, channels = tensor.shape
+    grouped = tensor.reshape(batch, tokens, kv_heads, heads // kv_heads, channels).permute(0, 2, 3, 1, 4)
     return grouped.to(exact(tensor.dtype))
 
 
 def _back(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``[batch, kv_heads, groups, tokens, c]`` as ``[batch, tokens, heads, c]``."""
-    return tensor.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
+    batch, kv_heads, groups, tokens, channels = tensor.shape
+    return tensor.permute(0, 3, 1, 2, 4).reshape(batch, tokens, kv_heads * groups, channels).to(dtype)
 
 
 def _scores(query: Tensor, key: Tensor, begin: int, scale: float, is_causal: bool) -> Tensor:
@@ -94,7 +97,7 @@ def output_and_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, is_c
         q, k, v = _rows(query, kv_heads), _rows(key, kv_heads), _rows(value, kv_heads)
         outs, lses = [], []
         for begin, end in _chunks(query, key):
-            scores = _scores(q[..., begin:end, :], k, begin, scale, is_causal)
+            scores = _scores(q.narrow(3, begin, end - begin), k, begin, scale, is_causal)
             outs.append(torch.matmul(torch.softmax(scores, -1), v))
             lses.append(torch.logsumexp(scores, -1, keepdim=True))
         lse = torch.cat(lses, -2)
@@ -111,8 +114,10 @@ def _suits_pytorchs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) 
 
 
 def _by_pytorchs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    rows, heads = _rows_of_kv_heads(query, key.shape[2]), (key.transpose(1, 2), value.transpose(1, 2))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, *heads, scale=scale)
+    rows, key, value = _rows_of_kv_heads(query, key.shape[2]), key.transpose(1, 2), value.transpose(1, 2)
+    # it takes channels for neighbours in memory, and does not look
+    rows, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (rows, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, key, value, scale=scale)
     return _heads_of(out, query.shape[1]), _heads_of(lse, query.shape[1])
 
 
@@ -157,14 +162,14 @@ def gradients(
         d_log_sum = _rows(d_lse[..., None], kv_heads)
         d_queries, d_key, d_value = [], torch.zeros_like(k), torch.zeros_like(v)
         for begin, end in _chunks(query, key):
-            rows = (..., slice(begin, end), slice(None))
-            probabilities = torch.softmax(_scores(q[rows], k, begin, scale, is_causal), -1)
-            d_value = d_value + _over_groups(torch.matmul(probabilities.transpose(-1, -2), d_o[rows]))
-            d_probabilities = torch.matmul(d_o[rows], v.transpose(-1, -2))
-            delta = (probabilities * d_probabilities).sum(-1, keepdim=True) - d_log_sum[rows]
+            rows, d_rows, d_sums = (t.narrow(3, begin, end - begin) for t in (q, d_o, d_log_sum))
+            probabilities = torch.softmax(_scores(rows, k, begin, scale, is_causal), -1)
+            d_value = d_value + _over_groups(torch.matmul(probabilities.transpose(-1, -2), d_rows))
+            d_probabilities = torch.matmul(d_rows, v.transpose(-1, -2))
+            delta = (probabilities * d_probabilities).sum(-1, keepdim=True) - d_sums
             d_scores = probabilities * (d_probabilities - delta)
             d_queries.append(torch.matmul(d_scores, k) * scale)
-            d_key = d_key + _over_groups(torch.matmul(d_scores.transpose(-1, -2), q[rows]) * scale)
+            d_key = d_key + _over_groups(torch.matmul(d_scores.transpose(-1, -2), rows) * scale)
         d_query = _back(torch.cat(d_queries, -2), query.dtype)
         return d_query, _back(d_key, key.dtype), _back(d_value, value.dtype)
 
@@ -189,7 +194,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         query, key, value, *made = ctx.saved_tensors
-        if ctx.by_pytorchs and not torch.is_grad_enabled() and not is_transformed():
+        is_plain = not (torch.is_grad_enabled() or is_transformed() or is_special(d_out) or is_special(d_lse))
+        if ctx.by_pytorchs and is_plain:
             return *_gradients_by_pytorchs(d_out, d_lse, query, key, value, made[0], made[1], ctx.scale), None, None
         return *gradients(d_out, d_lse, query, key, value, ctx.scale, ctx.is_causal), None, None
 

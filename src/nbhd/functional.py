@@ -16,7 +16,7 @@ from nbhd import dense, ops
 from nbhd.backends import reference
 from nbhd.errors import ArgumentError
 from nbhd.flops import tell_counters
-from nbhd.geometry import Neighborhood
+from nbhd.geometry import Neighborhood, forget_with_tables
 from nbhd.merging import merge_attentions
 
 Ints = int | Sequence[int]
@@ -309,6 +309,8 @@ def _attention(
             axes, query, key, value, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, True, backend,
             None, None,
         )  # fmt: skip
+        if rel_pos_bias is not None:  # which may hide a whole window
+            out = out.masked_fill((lse == -math.inf)[..., None], 0.0)
         out, lse = _with_additional(out, lse, query, key, value, additional_keys, additional_values, scale)
         return (out, lse) if return_lse else out
     if ops.is_watched(query, key, value, rel_pos_bias):
@@ -341,6 +343,7 @@ def _attention(
 
 
 _calls: dict[Any, ops.PreparedCall] = {}
+forget_with_tables(_calls.clear)
 
 
 def _with_additional(
@@ -387,6 +390,7 @@ def _signature(
             query.shape, query.stride(), query.dtype, query.device,
             key.shape, key.stride(), key.dtype, key.device,
             value.shape, value.stride(), value.dtype, value.device,
+            query.is_neg(), key.is_neg(), value.is_neg(),  # those are copied, and the copies lie otherwise
             None if rel_pos_bias is None else (rel_pos_bias.shape, rel_pos_bias.dtype, rel_pos_bias.device),
         )  # fmt: skip
         hash(signature)

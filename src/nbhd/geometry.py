@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +89,31 @@ def window(
     return first * dilation + group, torch.full_like(first, kernel_size)
 
 
+#: Bytes of tables after which all that keep some forget them: lengths that are never the same again would fill memory.
+MOST_BYTES = 1 << 27
+
+_forget: list[Callable[[], None]] = []
+_bytes_made = 0
+
+
+def forget_with_tables(clear: Callable[[], None]) -> None:
+    """Have ``clear`` called when tables have become too many: that of a cache whose entries hold some."""
+    _forget.append(clear)
+
+
+def _make_room(length: int) -> None:
+    global _bytes_made
+    _bytes_made += 4 * length * torch.int64.itemsize
+    if _bytes_made > MOST_BYTES:
+        _bytes_made = 4 * length * torch.int64.itemsize
+        for clear in _forget:
+            clear()
+
+
 @functools.lru_cache(maxsize=512)
 def axis_table(length: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> AxisTable:
     """The forward and inverse intervals of one axis. Cached: treat the tensors as read-only."""
+    _make_room(length)
     with torch.inference_mode(False):  # an inference tensor in the cache could never be saved for a backward
         position = torch.arange(length, device="cpu")
         first, count = window(position, length, kernel_size, stride, dilation, is_causal)
@@ -108,3 +131,6 @@ def axis_table(length: int, kernel_size: int, stride: int, dilation: int, is_cau
         first_query[order] = order[ended]
         query_count[order] = begun - ended
     return AxisTable(length, kernel_size, dilation, first, count, first_query, query_count)
+
+
+forget_with_tables(axis_table.cache_clear)

@@ -188,6 +188,7 @@ def _layout(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | No
     return (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
         query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+        query.is_neg(), key.is_neg(), value.is_neg(),
         None if rel_pos_bias is None else rel_pos_bias.shape,
     )  # fmt: skip
 

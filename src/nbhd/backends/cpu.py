@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nbhd.backends import Call
 from nbhd.errors import BackendError
-from nbhd.geometry import AxisTable, Neighborhood, axis_table
+from nbhd.geometry import AxisTable, Neighborhood, axis_table, forget_with_tables
 from nbhd.qkv import Three
 
 NAME = "cpu"
@@ -244,6 +244,7 @@ class PreparedCall:
 
 
 _prepared = functools.lru_cache(maxsize=256)(PreparedCall)
+forget_with_tables(_prepared.cache_clear)
 
 
 def prepare(query: Tensor, key: Tensor, value: Tensor, neighborhood: Neighborhood, scale: float) -> PreparedCall:
@@ -454,3 +455,6 @@ def _geometry(
         *(t.first.data_ptr() for t in tables), *(t.count.data_ptr() for t in tables), scale,
     )  # fmt: skip
     return header, tables
+
+
+forget_with_tables(_geometry.cache_clear)
