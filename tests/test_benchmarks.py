@@ -383,6 +383,9 @@ def test_the_other_processors_in_the_readme_are_those_of_the_committed_json():
         return f"{rate:.1f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}"
 
     both, checked = ("swin-tiny", "convnext-tiny"), 0
+    alone = {cells[0]: cells[1] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 2}
+    (name_of_avx2,) = re.findall(r"\(benchmarks/results/([^)]*avx2[^)]*)\.json\)", text)
+    avx2 = json.loads((ROOT / "benchmarks" / "results" / f"{name_of_avx2}.json").read_text(encoding="utf-8"))
     for name, case, base, what in (
         ("NAT-Tiny, inference", "b8", "nat-tiny", "inference"),
         ("made ready by `nbhd.optimize_for_inference`", "b8", "nat-tiny-optimized", "inference"),
@@ -394,6 +397,7 @@ def test_the_other_processors_in_the_readme_are_those_of_the_committed_json():
         for written, measured in zip(rows[name], (networks, xeon), strict=True):
             assert written == cell(measured, case, base, both, what) + ")", name
             checked += 1
+        assert alone[name] == cell(avx2, case, base, both, what) + ")", name
     of_swin = ("swin-tiny-bfloat16",)
     for written, measured in zip(rows["bfloat16, inference"], (epyc, xeon), strict=True):
         assert written.startswith(cell(measured, "b8-bfloat16", "nat-tiny-bfloat16", of_swin, "inference") + " times")
@@ -413,7 +417,7 @@ def test_the_other_processors_in_the_readme_are_those_of_the_committed_json():
             checked += 1
     forward = "NAT's attention against Swin's shifted (SDPA), forward; at 7x7, where Swin does not shift"
     for row, quantity in ((forward, "forward"), ("with the gradients", "both")):
-        for written, measured in zip(rows[row], (epyc, xeon), strict=True):
+        for written, measured in zip((*rows[row], alone[row]), (epyc, xeon, avx2), strict=True):
             *shifted, whole = (
                 next(r.ratios[quantity].median for r in summary.rows(result)
                      if r.threads == 2 and r.subject == "swin-shifted-sdpa")
@@ -421,7 +425,7 @@ def test_the_other_processors_in_the_readme_are_those_of_the_committed_json():
             )  # fmt: skip
             assert written == f"{min(shifted):.1f} to {max(shifted):.1f}; {whole:.1f}"
             checked += 1
-    assert checked == 21
+    assert checked == 23
 
 
 def test_the_list_has_every_case_and_its_peers():
