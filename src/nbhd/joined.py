@@ -36,7 +36,7 @@ FEWEST_ROWS = 32
 def joined_layers_are_faster(dtype: torch.dtype, with_gradients: bool) -> bool:
     """Whether `join` beats PyTorch's layers on this CPU, which compute in ``dtype``.
 
-    In float32 that is true on Intel's processors with AVX-512 and on AMD's Zen 4, and with AVX2 on AMD's processors
+    In float32 that is true on Intel's processors with AVX-512 and on AMD's Zen 4, with AVX2 alone on AMD's processors,
     and without gradients on Intel's, which were measured with their instructions limited to it; elsewhere it is not yet
     measured. In 16 bits it is true where PyTorch's own are slow (`nbhd.sixteen_bits.are_slow`), and on Zen 4 in
     bfloat16.
