@@ -12,6 +12,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from nbhd._gradients import is_special
 from nbhd._modes import is_transformed
+from nbhd.backends.reference import accumulation_dtype as accumulation_dtype
 
 #: Scores computed at once. Bounds the memory beyond inputs and outputs.
 CHUNK_ELEMENTS = 1 << 22
@@ -29,7 +30,7 @@ def attend(
     if key.shape[1] == 0 or query.shape[1] == 0:
         zero = query[:0].sum() + key[:0].sum() + value[:0].sum()  # of nothing, and autograd knows it
         out = query.new_zeros((*query.shape[:-1], value.shape[-1])) + zero
-        lse = torch.full(query.shape[:-1], -math.inf, dtype=exact(query.dtype), device=query.device) + zero
+        lse = torch.full(query.shape[:-1], -math.inf, dtype=accumulation_dtype(query.dtype), device=query.device) + zero
         return out, lse if with_lse else None
     if with_lse:
         if torch.compiler.is_compiling():  # which takes no tensor twice: one may be query, key and value at once
@@ -54,16 +55,11 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums run in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _rows(tensor: Tensor, kv_heads: int) -> Tensor:
     """``[batch, tokens, heads, c]`` as ``[batch, kv_heads, groups, tokens, c]`` in the accumulation dtype."""
     batch, tokens, heads, channels = tensor.shape
     grouped = tensor.reshape(batch, tokens, kv_heads, heads // kv_heads, channels).permute(0, 2, 3, 1, 4)
-    return grouped.to(exact(tensor.dtype))
+    return grouped.to(accumulation_dtype(tensor.dtype))
 
 
 def _back(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,7 +183,7 @@ class _Attend(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         query, key, value, ctx.scale, ctx.is_causal = inputs
         # in 16 bits d_lse would be rounded, and the compiler looks for one way
-        is_exact = query.dtype == exact(query.dtype) and not torch.compiler.is_compiling()
+        is_exact = query.dtype == accumulation_dtype(query.dtype) and not torch.compiler.is_compiling()
         ctx.by_pytorchs = is_exact and _suits_pytorchs(query, key, value, ctx.is_causal)
         ctx.save_for_backward(query, key, value, *(output if ctx.by_pytorchs else ()))
 

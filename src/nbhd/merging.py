@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nbhd.backends.reference import accumulation_dtype
 from nbhd.errors import ArgumentError
 
 
@@ -45,7 +46,7 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
                 "outputs must be [batch, *spatial, heads, dim] and lses [batch, *spatial, heads]. "
                 f"All parts must have one shape, got {shapes}."
             )
-    exact = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
+    exact = accumulation_dtype(outputs[0].dtype)
     parts = torch.stack([lse.to(exact) for lse in lses])
     # A query none of whose parts has a key: output 0, log-sum-exp minus infinity, and no NaN in the gradients.
     is_empty = (parts == -math.inf).all(0)

@@ -79,7 +79,7 @@ def _attend_fake(
     query: Tensor, key: Tensor, value: Tensor, sum_q: Tensor, sum_kv: Tensor, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    return out, query.new_empty(query.shape[:-1], dtype=dense.exact(query.dtype))
+    return out, query.new_empty(query.shape[:-1], dtype=dense.accumulation_dtype(query.dtype))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
