@@ -1,8 +1,8 @@
 """``python -m benchmarks.linear``: PyTorch's linear layer against the same product as a convolution, on this machine.
 
 The layers of NAT-Tiny at 224 pixels. Both ways are timed in turns in one process; a ratio is PyTorch's time over the
-convolution's, the median of the rounds and its quartiles. `nbhd.linear` takes the convolution where
-`nbhd.linear.mkl_is_slow` says so: this is where that rule comes from, and what to run before it is widened.
+convolution's, the median of the rounds and its quartiles. `nbhd.nn.linear` takes the convolution where
+`nbhd.nn.linear.mkl_is_slow` says so: this is where that rule comes from, and what to run before it is widened.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import typer
 from torch import Tensor
 
 from benchmarks import machine
-from nbhd import linear
 from nbhd.cli._errors import reporting
+from nbhd.nn import linear
 
 #: NAT-Tiny's at 224 pixels: side of a stage's map, channels, layers.
 STAGES = ((56, 64, 3), (28, 128, 4), (14, 256, 18), (7, 512, 5))
@@ -53,7 +53,7 @@ def compare(
         if linear.mkl_is_slow():
             here = f"the convolution from {linear.smallest_work():,} products on, with gradients from twice as many"
         typer.echo(f"{machine.describe()['cpu']}, torch {torch.__version__}, threads {threads}, batch {batch}")
-        typer.echo(f"On this machine nbhd.linear takes {here}.")
+        typer.echo(f"On this machine nbhd.nn.linear takes {here}.")
         typer.echo("layer             ms forward:   linear   convolution                ratio    with gradients: ratio")
         for rows, inner, outer in LAYERS:
             batches = torch.randn(batch * rows, inner, requires_grad=True)
@@ -79,7 +79,7 @@ def compare(
 
 
 def convolution(batches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What `nbhd.linear.linear` does where MKL is slow, here on any machine and at any size."""
+    """What `nbhd.nn.linear.linear` does where MKL is slow, here on any machine and at any size."""
     images = linear.images_of(len(batches))
     if not images:
         return torch.nn.functional.linear(batches, weight, bias)

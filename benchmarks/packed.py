@@ -25,9 +25,9 @@ from nbhd.backends import cpu
 from nbhd.backends.cpu_linear import Layer, Norm
 from nbhd.cli._errors import reporting
 from nbhd.errors import BackendError
-from nbhd.joined import join
-from nbhd.linear import Linear
-from nbhd.packed import Layers, PackedLinear
+from nbhd.nn.joined import join
+from nbhd.nn.linear import Linear
+from nbhd.nn.packed import Layers, PackedLinear
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)  # type: ignore[arg-type]
 

@@ -28,10 +28,10 @@ def projected(*spatial: int, dtype: torch.dtype = torch.float32, batch: int = 2)
     return torch.randn(batch, *spatial, 3 * HEADS * DIM, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def gradient(split: Callable, qkv: Tensor, use: Callable) -> tuple[Tensor, list[Tensor], Tensor]:
+def gradient(split: Callable, qkv: Tensor, use: Callable, heads: int = HEADS) -> tuple[Tensor, list[Tensor], Tensor]:
     """Of a projection ``qkv``, of its three parts, and the output."""
     projection = qkv.detach().requires_grad_() * 1
-    parts = split(projection, HEADS)
+    parts = split(projection, heads)
     found: list[Tensor] = []
     whole: list[Tensor] = []
     projection.register_hook(whole.append)
@@ -63,6 +63,44 @@ def test_what_parts_are() -> None:
     assert not are_parts(*(part[..., :1, :] for part in parts))
     assert are_parts(*(part[:, 1:, ::2] for part in parts)) is False
     assert are_parts(*(part[:, 1:] for part in parts))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_grouped_heads_are_parts_too(kv_heads: int, backend: str) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 5, 6, (4 + 2 * kv_heads) * DIM)
+
+    def by_slices(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        parts = qkv.split([heads * DIM for heads in (num_heads, kv_heads, kv_heads)], -1)
+        return tuple(part.unflatten(-1, (-1, DIM)) for part in parts)
+
+    def by_us(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        return split_qkv(qkv, num_heads, kv_heads)
+
+    def use(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nbhd.na2d(query, key, value, 3, backend=backend)
+
+    ours, parts, out = gradient(by_us, qkv, use, heads=4)
+    other, _, same_out = gradient(by_slices, qkv, use, heads=4)
+    assert torch.equal(out, same_out) and torch.equal(ours, other)
+    assert are_parts(*parts) == (backend == "cpu")
+
+
+@pytest.mark.parametrize("unused", range(3))
+def test_a_part_of_grouped_heads_that_nobody_uses_has_no_gradient(unused: int) -> None:
+    qkv = torch.randn(2, 5, 6, (4 + 2 * 2) * DIM, requires_grad=True)
+    used = [part for i, part in enumerate(split_qkv(qkv, 4, 2)) if i != unused]
+    torch.stack([part.sin().sum() for part in used]).sum().backward()
+    expected = qkv.detach().cos()
+    expected.split([4 * DIM, 2 * DIM, 2 * DIM], -1)[unused].zero_()
+    assert torch.equal(qkv.grad, expected)
+
+
+@pytest.mark.parametrize(("channels", "kv_heads"), [(47, 1), (56, 0), (56, -1)])
+def test_grouped_heads_that_do_not_divide_are_refused(channels: int, kv_heads: int) -> None:
+    with pytest.raises(ArgumentError, match=r"2 \* num_kv_heads\) \* dim channels.*num_kv_heads"):
+        split_qkv(torch.randn(1, 4, channels), 4, kv_heads)
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(48, 5), (50, 2), (48, 0)])

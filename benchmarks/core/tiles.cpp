@@ -1,5 +1,5 @@
 // What each kernel of the CPU core reaches on its own, in cycles and as a share of the machine's fused multiply-adds: one map,
-// one head, one tile of queries after another, everything in the first-level cache. docs/cpu.md reads these numbers.
+// one head, one tile of queries after another, everything in the first-level cache. docs/cpu-kernels.md reads these numbers.
 //
 //   F="-std=c++20 -O3 -fno-tree-vectorize -fno-tree-slp-vectorize -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 //   g++ $F -mavx2 -mfma -mf16c -mbmi2 benchmarks/core/tiles.cpp -o build/tiles           # or, for AVX-512:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nbhd.backends import cpu
 from nbhd.backends.cpu_linear import DTYPES, product_dtype
-from nbhd.convolution import Conv2d
 from nbhd.errors import ArgumentError
-from nbhd.linear import Linear, is_plain
-from nbhd.packed import PackedConv2d, PackedLinear, packed_convolutions_are_faster, packed_linear_gain
+from nbhd.nn.convolution import Conv2d
+from nbhd.nn.linear import Linear, is_plain
+from nbhd.nn.packed import PackedConv2d, PackedLinear, packed_convolutions_are_faster, packed_linear_gain
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,7 +70,7 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = "auto
     Evaluation mode, no gradients; dropout and drop path taken out; the three products for query, key and value of each
     neighborhood attention fused into one, whose result the operator reads through strided views, without copies
     (attentions with hooks, adapters or a ``forward`` of their own stay as they are). On CPUs where it is faster (it is
-    measured, once a process: `nbhd.packed`), weights are kept a second time, in the order they are multiplied in (in
+    measured, once a process: `nbhd.nn.packed`), weights are kept a second time, in the order they are multiplied in (in
     float32 but where products are of bfloat16), and the native core makes the products with the norms, GELU and
     residuals around them.
 

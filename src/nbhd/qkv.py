@@ -19,21 +19,23 @@ from nbhd.errors import ArgumentError
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def split_qkv(qkv: Tensor, num_heads: int) -> Three:
+def split_qkv(qkv: Tensor, num_heads: int, num_kv_heads: int | None = None) -> Three:
     """Query, key and value, as views, of a projection's output, whose channels are in this order: part, head, channel.
 
-    The same as ``qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)``; the gradients come back faster, those of the parts
-    in the memory of that of ``qkv``. Who asks for both and changes one in place changes the other.
+    The same as ``qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)``, where key and value have as many heads. The
+    gradients come back faster: those of the parts lie in the memory of that of ``qkv``. Who asks for both and changes
+    one in place changes the other.
 
     Args:
-        qkv: ``[batch, *spatial, 3 * num_heads * dim]``.
-        num_heads: heads of each.
+        qkv: ``[batch, *spatial, (num_heads + 2 * num_kv_heads) * dim]``.
+        num_heads: heads of the query.
+        num_kv_heads: heads of key and value each, default ``num_heads``. Grouped heads have fewer.
 
     Returns:
-        Three views ``[batch, *spatial, num_heads, dim]``.
+        Three views ``[batch, *spatial, heads, dim]``.
 
     Raises:
-        ArgumentError: the channels are no multiple of ``3 * num_heads``.
+        ArgumentError: a number of heads is below 1, or the channels are no multiple of all heads.
 
     Example:
         >>> qkv = torch.randn(2, 14, 14, 3 * 128)
@@ -41,18 +43,26 @@ def split_qkv(qkv: Tensor, num_heads: int) -> Three:
         >>> query.shape
         torch.Size([2, 14, 14, 4, 32])
     """
-    if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
-        raise ArgumentError(
-            f"qkv must have 3 * num_heads * dim channels, got {tuple(qkv.shape)} and num_heads {num_heads}."
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or kv_heads < 1 or qkv.shape[-1] % (num_heads + 2 * kv_heads):
+        heads, given = (
+            ("3 * num_heads", f"num_heads {num_heads}")
+            if num_kv_heads is None
+            else ("(num_heads + 2 * num_kv_heads)", f"num_heads {num_heads}, num_kv_heads {num_kv_heads}")
         )
+        raise ArgumentError(f"qkv must have {heads} * dim channels, got {tuple(qkv.shape)} and {given}.")
     if not (torch.is_grad_enabled() and qkv.requires_grad) or _knows_plain_operators_only(qkv):
-        return _views(qkv, num_heads)
-    query, key, value = _Split.apply(qkv, num_heads)
+        return _views(qkv, num_heads, kv_heads)
+    query, key, value = _Split.apply(qkv, num_heads, kv_heads)
     return query, key, value
 
 
-def _views(qkv: Tensor, num_heads: int) -> Three:
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+def _views(qkv: Tensor, num_heads: int, num_kv_heads: int) -> Three:
+    if num_heads == num_kv_heads:
+        query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    else:
+        by_heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+        query, key, value = by_heads.split([num_heads, num_kv_heads, num_kv_heads], -2)
     return query, key, value
 
 
@@ -63,58 +73,63 @@ def _knows_plain_operators_only(qkv: Tensor) -> bool:
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Three:  # type: ignore[override]
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, num_kv_heads: int) -> Three:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        parts = _views(qkv, num_heads)
+        parts = _views(qkv, num_heads, num_kv_heads)
         ctx.whole = qkv.shape
+        ctx.shapes = [part.shape for part in parts]
         ctx.is_leaf = qkv.is_leaf or (qkv._base is not None and qkv._base.is_leaf)
         return parts
 
     @staticmethod
-    def backward(ctx: Any, *parts: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *parts: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         given = [part for part in parts if part is not None]
         if not given:
-            return None, None
+            return None, None, None
         # where grad is enabled the gradient itself is to be differentiated
         whole = None if torch.is_grad_enabled() else _whole(*parts)
         if whole is None:
-            zeros = given[0].new_zeros(()).expand(given[0].shape)
-            whole = torch.stack([zeros if part is None else part for part in parts], -3).view(ctx.whole)
+            zero = given[0].new_zeros(())
+            each = [zero.expand(shape) if part is None else part for part, shape in zip(parts, ctx.shapes, strict=True)]
+            whole = torch.cat(each, -2).view(ctx.whole)
         elif ctx.is_leaf:  # it will be added to in place, and somebody may have kept the parts
             whole = whole.clone()
-        return whole, None
+        return whole, None, None
 
 
 def _whole(*parts: Tensor | None) -> Tensor | None:
-    """The tensor ``[..., 3 * heads * dim]`` that these are the parts of, or None if they are not."""
+    """The tensor ``[..., (heads + 2 * kv_heads) * dim]`` that these are the parts of, or None if they are not."""
     query, key, value = parts
     if query is None or key is None or value is None or not are_parts(query, key, value):
         return None
-    channels = 3 * query.shape[-2] * query.shape[-1]
+    channels = (query.shape[-2] + 2 * key.shape[-2]) * query.shape[-1]
     return query.as_strided((*query.shape[:-2], channels), (*query.stride()[:-2], 1))
 
 
 def lie_as_parts(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether their shapes and strides are those of the parts of a tensor ``[..., 3 * heads * dim]``."""
-    *_, heads, dim = query.shape
+    """Whether their shapes and strides are those of the parts of a tensor ``[..., (heads + 2 * kv_heads) * dim]``."""
+    *places, heads, dim = query.shape
+    *key_places, kv_heads, key_dim = key.shape
     return (
-        query.shape == key.shape == value.shape
+        key.shape == value.shape
+        and places == key_places
+        and dim == key_dim
         and query.stride() == key.stride() == value.stride()
-        and query.stride()[-3:] == (3 * heads * dim, dim, 1)
+        and query.stride()[-3:] == ((heads + 2 * kv_heads) * dim, dim, 1)
     )
 
 
 def are_parts(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether they are the parts, in this order, of a tensor ``[..., 3 * heads * dim]``."""
+    """Whether they are the parts, in this order, of a tensor ``[..., (heads + 2 * kv_heads) * dim]``."""
     if not lie_as_parts(query, key, value):
         return False
     storage = query.untyped_storage().data_ptr()
-    part = query.shape[-2] * query.shape[-1]
-    first = query.storage_offset()
+    dim = query.shape[-1]
+    at_key = query.storage_offset() + query.shape[-2] * dim
     return (
         key.untyped_storage().data_ptr() == storage == value.untyped_storage().data_ptr()
-        and key.storage_offset() == first + part
-        and value.storage_offset() == first + 2 * part
+        and key.storage_offset() == at_key
+        and value.storage_offset() == at_key + key.shape[-2] * dim
     )
 
 
@@ -123,4 +138,5 @@ def room_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> Three | Non
     if not are_parts(query, key, value):
         return None
     *places, heads, dim = query.shape
-    return _views(query.new_empty((*places, 3 * heads * dim)), heads)
+    kv_heads = key.shape[-2]
+    return _views(query.new_empty((*places, (heads + 2 * kv_heads) * dim)), heads, kv_heads)

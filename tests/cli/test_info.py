@@ -8,10 +8,11 @@ import types
 import pytest
 import torch
 
-from nbhd import __version__, backends, sixteen_bits
+from nbhd import __version__, backends
 from nbhd.backends import cpu
 from nbhd.checkpoints import default_checkpoint
 from nbhd.errors import CheckpointError
+from nbhd.nn import sixteen_bits
 from tests.commands import nbhd
 
 

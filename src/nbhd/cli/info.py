@@ -42,7 +42,7 @@ def gather() -> dict[str, Any]:
     """The facts, as ``--format json`` prints them."""
     import torch
 
-    from nbhd import sixteen_bits
+    from nbhd.nn import sixteen_bits
 
     return {
         "nbhd": __version__,

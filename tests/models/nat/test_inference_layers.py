@@ -16,13 +16,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import nbhd
-from nbhd import optimize, packed
+from nbhd import optimize
 from nbhd.backends import cpu
 from nbhd.models import NatConfig, NatForImageClassification
 from nbhd.models.nat import inference_layers
 from nbhd.models.nat.inference_layers import PackedNatLayer
 from nbhd.models.nat.layers import NatLayer
-from nbhd.packed import PackedLinear
+from nbhd.nn import packed
+from nbhd.nn.packed import PackedLinear
 
 pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
 

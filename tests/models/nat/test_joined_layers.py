@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nbhd import joined
 from nbhd.backends import cpu
 from nbhd.backends.cpu_linear import DTYPES
 from nbhd.models import NatConfig, NatForImageClassification
 from nbhd.models.nat import joined_layers, layers
 from nbhd.models.nat.layers import NatDropPath, NatLayer, NatOutput, NeighborhoodAttention
+from nbhd.nn import joined
 
 pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
 

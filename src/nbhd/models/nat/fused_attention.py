@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.linear import Linear
+from nbhd.nn.linear import Linear
 
 PARTS = ("query", "key", "value")
 

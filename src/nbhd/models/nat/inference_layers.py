@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from nbhd.linear import Linear, is_plain
 from nbhd.models.nat.fused_attention import PARTS, FusedNeighborhoodAttention
 from nbhd.models.nat.layers import (
     NatIntermediate,
@@ -19,8 +18,9 @@ from nbhd.models.nat.layers import (
     NeighborhoodAttentionOutput,
     has_exact_gelu,
 )
-from nbhd.own_parts import Kinds
-from nbhd.packed import Layers, PackedLinear
+from nbhd.nn.linear import Linear, is_plain
+from nbhd.nn.own_parts import Kinds
+from nbhd.nn.packed import Layers, PackedLinear
 
 
 def may_be_fused(attention: Any) -> bool:
@@ -41,7 +41,7 @@ class PackedNatLayer(NatLayer):
 
     They are norm and projection to query, key and value; attention; projection and residual; norm, MLP and residual.
     Hooks, adapters and other parts that are put into the layer later are noticed: it runs part by part then, as it does
-    for what `nbhd.packed.Layers` leaves to PyTorch.
+    for what `nbhd.nn.packed.Layers` leaves to PyTorch.
 
     Args:
         layer: the layer to take the parts of, the same objects; one that it `suits`.

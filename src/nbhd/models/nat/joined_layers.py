@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nbhd._modes import makes_a_graph
 from nbhd.backends.cpu_linear import Layer, Norm
-from nbhd.joined import join as join_now
-from nbhd.joined_operator import join_in_graph
+from nbhd.nn.joined import join as join_now
+from nbhd.nn.joined_operator import join_in_graph
 
 
 def suits(layer: Any, hidden_states: Tensor) -> bool:
@@ -32,7 +32,7 @@ def suits(layer: Any, hidden_states: Tensor) -> bool:
 
 
 def join(*layers: Any, **others: Any) -> tuple[Tensor, ...] | None:
-    """`nbhd.joined.join`, or its operator where a graph is made."""
+    """`nbhd.nn.joined.join`, or its operator where a graph is made."""
     return join_in_graph(*layers, **others) if makes_a_graph() else join_now(*layers, **others)
 
 

@@ -15,16 +15,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from nbhd._modes import is_transformed, makes_a_graph
-from nbhd.convolution import Conv2d
 from nbhd.errors import ArgumentError
 from nbhd.functional import apply_attention_weights, attention_weights, na2d
-from nbhd.joined import may_join
-from nbhd.joined_operator import may_join_in_graph
-from nbhd.linear import Linear, is_plain, joins
 from nbhd.models.nat import joined_layers
 from nbhd.models.nat.configuration_nat import NatConfig
 from nbhd.models.nat.fused_attention import FusedNeighborhoodAttention
-from nbhd.own_parts import Kinds, OwnParts
+from nbhd.nn.convolution import Conv2d
+from nbhd.nn.joined import may_join
+from nbhd.nn.joined_operator import may_join_in_graph
+from nbhd.nn.linear import Linear, is_plain, joins
+from nbhd.nn.own_parts import Kinds, OwnParts
 
 
 @dataclass
@@ -305,7 +305,7 @@ class NatLayer(GradientCheckpointingLayer):
         )
 
     def _has_own_parts(self) -> object | None:
-        """None if the layer has not its own parts and methods (`nbhd.own_parts`); the same object while it has."""
+        """None if the layer has not its own parts and methods (`nbhd.nn.own_parts`); the same object while it has."""
         if not _has_methods(type(self)) or not _METHODS.keys().isdisjoint(self.__dict__):
             return None
         if self._own_parts is None:

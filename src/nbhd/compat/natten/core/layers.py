@@ -10,10 +10,10 @@ from torch import Tensor
 from nbhd.compat.natten.core.signature import Signature
 from nbhd.compat.natten.core.tensors import or_default
 from nbhd.functional import AXES
-from nbhd.nn import _Geometry, _NeighborhoodAttention
+from nbhd.nn.attention import Geometry, NeighborhoodAttention
 
 
-class Module(_NeighborhoodAttention):
+class Module(NeighborhoodAttention):
     """Self-attention over neighborhoods of ``[batch, *spatial, channels]``, with NATTEN's attributes.
 
     Parameters, as in every era: ``qkv.weight``, ``qkv.bias``, ``proj.weight``, ``proj.bias``, and ``rpb`` with a bias.
@@ -100,7 +100,7 @@ class EarlyModule(Module):
     def _keep_ints(self) -> None:
         self.kernel_size, self.dilation = one(self.kernel_size), one(self.dilation)
 
-    def _geometry(self, spatial: Sequence[int]) -> _Geometry:
+    def _geometry(self, spatial: Sequence[int]) -> Geometry:
         window, dilation = self._each("kernel_size", self.kernel_size), self._each("dilation", self.dilation)
         return window, self.stride, dilation, self.is_causal
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbhd.compat.natten.core.layers import EarlyModule
-from nbhd.nn import _Geometry
+from nbhd.nn.attention import Geometry
 
 __all__ = ["NeighborhoodAttention", "NeighborhoodAttention1D", "NeighborhoodAttention2D"]
 
@@ -44,7 +44,7 @@ class _Module(EarlyModule):
         if isinstance(dilation, str):
             self.dilation = None
 
-    def _geometry(self, spatial: Sequence[int]) -> _Geometry:
+    def _geometry(self, spatial: Sequence[int]) -> Geometry:
         if self.dilation is not None:
             return super()._geometry(spatial)
         window = self._each("kernel_size", self.kernel_size)

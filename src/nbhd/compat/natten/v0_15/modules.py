@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nbhd.compat.natten.core.layers import EarlyModule
 from nbhd.compat.natten.core.tensors import or_default
 from nbhd.compat.natten.v0_14 import modules as before
-from nbhd.nn import _Geometry
+from nbhd.nn.attention import Geometry
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -67,7 +67,7 @@ class NeighborhoodAttention3D(EarlyModule):
         self.kernel_size_d, self.kernel_size, _ = self.kernel_size
         self.dilation_d, self.dilation, _ = self.dilation
 
-    def _geometry(self, spatial: Sequence[int]) -> _Geometry:
+    def _geometry(self, spatial: Sequence[int]) -> Geometry:
         window = (self.kernel_size_d, self.kernel_size, self.kernel_size)
         return window, self.stride, (self.dilation_d, self.dilation, self.dilation), self.is_causal
 

@@ -3,7 +3,7 @@
 Of what lies between the layers only what GELU was taken of is kept for the backward, which computes the rest again:
 PyTorch's layers keep the norm's output and GELU's too. In the backward the gradients of inputs, of the norm and of all
 weights are one call as well. Weights are packed at each call, which is a small part of it from a few dozen rows on; for
-inference `nbhd.packed` keeps them packed.
+inference `nbhd.nn.packed` keeps them packed.
 
 In 16 bits, of the tensors or of autocast, the core computes in float32 and rounds what it returns; products, those of
 gradients too, are made in bfloat16 where it has instructions for that (`nbhd.backends.cpu_linear.product_dtype`).
@@ -26,7 +26,7 @@ from nbhd._processor import is_zen_4, maker
 from nbhd.backends import cpu, cpu_linear
 from nbhd.backends.cpu_linear import DTYPES, Gradients, Layer, Norm, is_dense
 from nbhd.errors import BackendError
-from nbhd.sixteen_bits import are_slow, dtype_of_products
+from nbhd.nn.sixteen_bits import are_slow, dtype_of_products
 
 #: Fewer rows than this are over before packing the weights has paid.
 FEWEST_ROWS = 32
@@ -38,7 +38,7 @@ def joined_layers_are_faster(dtype: torch.dtype, with_gradients: bool) -> bool:
 
     In float32 that is true on Intel's processors with AVX-512 and on AMD's Zen 4, with AVX2 alone on AMD's processors,
     and without gradients on Intel's, which were measured with their instructions limited to it; elsewhere it is not yet
-    measured. In 16 bits it is true where PyTorch's own are slow (`nbhd.sixteen_bits.are_slow`), and on Zen 4 in
+    measured. In 16 bits it is true where PyTorch's own are slow (`nbhd.nn.sixteen_bits.are_slow`), and on Zen 4 in
     bfloat16.
     """
     if cpu.why_unusable() is not None or not cpu.loaded_library().isa.startswith("avx"):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import nbhd
-from nbhd import joined, joined_operator
 from nbhd.backends import cpu
 from nbhd.models import NatConfig, NatForImageClassification
 from nbhd.models.nat.layers import NatDropPath, NatIntermediate, NatLayer, NeighborhoodAttention
-from tests.test_joined import CASES, Case, compare
+from nbhd.nn import joined, joined_operator
+from tests.nn.test_joined import CASES, Case, compare
 
 pytestmark = [
     pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}"),

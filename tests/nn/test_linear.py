@@ -1,4 +1,4 @@
-"""nbhd.linear: the two ways to make a linear layer give the same, and each is taken where it should be."""
+"""nbhd.nn.linear: the two ways to make a linear layer give the same, and each is taken where it should be."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from nbhd import _processor, joined, linear, sixteen_bits
-from nbhd.linear import Linear
+from nbhd import _processor
 from nbhd.models import NatConfig, NatForImageClassification
+from nbhd.nn import joined, linear, sixteen_bits
+from nbhd.nn.linear import Linear
 
 
 @pytest.fixture

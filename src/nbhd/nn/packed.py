@@ -28,8 +28,8 @@ from nbhd._modes import makes_a_graph
 from nbhd._processor import is_zen_4, maker
 from nbhd.backends import cpu, cpu_linear
 from nbhd.backends.cpu_linear import DTYPES, is_dense
-from nbhd.convolution import Conv2d
-from nbhd.linear import Linear, is_left_to_us
+from nbhd.nn.convolution import Conv2d
+from nbhd.nn.linear import Linear, is_left_to_us
 
 #: Numbers of a convolution's weight that are compared at each call, a microsecond or two.
 SAMPLE = 256
@@ -99,7 +99,7 @@ def _measured_gain(dtype: torch.dtype) -> float:
 
 
 class PackedLinear(Linear):
-    """`nbhd.linear.Linear` with its weight packed, in `product_dtype` of the dtype it has.
+    """`nbhd.nn.linear.Linear` with its weight packed, in `product_dtype` of the dtype it has.
 
     In another dtype than it has now, one that it is converted to later, it is the plain layer.
 
@@ -171,7 +171,7 @@ class Layers:
         return None
 
     def run(self, input: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor | None:
-        """The same where `nbhd.linear.is_left_to_us` is known."""
+        """The same where `nbhd.nn.linear.is_left_to_us` is known."""
         if not input.is_contiguous() or input.is_neg() or not input.numel():
             return None
         for _ in range(2):
@@ -315,7 +315,7 @@ def _prepare(
 
 
 class PackedConv2d(Conv2d):
-    """`nbhd.convolution.Conv2d` with its weight packed, for maps with their channels last.
+    """`nbhd.nn.convolution.Conv2d` with its weight packed, for maps with their channels last.
 
     Args:
         layer: whose parameters and settings to take. Padding by zeros, given in numbers.

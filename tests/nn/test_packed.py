@@ -1,4 +1,4 @@
-"""nbhd.packed: layers with packed weights give what the plain ones give, and notice when their weights change."""
+"""nbhd.nn.packed: layers with packed weights give what the plain ones give, and notice when their weights change."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import nbhd
-from nbhd import optimize, packed
+from nbhd import optimize
 from nbhd.backends import cpu
-from nbhd.linear import Linear
 from nbhd.models import NatConfig, NatForImageClassification
-from nbhd.packed import PackedConv2d, PackedLinear
+from nbhd.nn import packed
+from nbhd.nn.linear import Linear
+from nbhd.nn.packed import PackedConv2d, PackedLinear
 
 MACHINES_OWN_ANSWER = packed.packed_convolutions_are_faster
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nbhd import _processor, linear, sixteen_bits
-from nbhd.convolution import Conv2d
-from nbhd.linear import Linear
+from nbhd import _processor
+from nbhd.nn import linear, sixteen_bits
+from nbhd.nn.convolution import Conv2d
+from nbhd.nn.linear import Linear
 
 
 @pytest.fixture(params=["slow", "fast"])

@@ -1,4 +1,4 @@
-"""`nbhd.joined` in the graphs of `torch.compile`, which cannot look into a call of the native core.
+"""`nbhd.nn.joined` in the graphs of `torch.compile`, which cannot look into a call of the native core.
 
     nbhd::layers    nbhd::layers_backward
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from nbhd._modes import is_transformed, makes_a_graph_for_this_machine
 from nbhd.backends import cpu
 from nbhd.backends.cpu_linear import Layer, Norm, is_dense
-from nbhd.joined import Call, Kept, gradients, joined_layers_are_faster
+from nbhd.nn.joined import Call, Kept, gradients, joined_layers_are_faster
 
 #: Tensors that a call gives: the outputs of up to three layers, and what the backward wants besides.
 _OUTPUTS = 5
@@ -54,7 +54,7 @@ def join_in_graph(
     input: Tensor, last: Sequence[Layer], *, hidden: Layer | None = None, norm: Norm | None = None,
     residual: Tensor | None = None, factor: float = 1.0,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """`nbhd.joined.join` as an operator of the graph.
+    """`nbhd.nn.joined.join` as an operator of the graph.
 
     Args and returned tensors: those of `join`.
     """

@@ -1,7 +1,7 @@
 """Where PyTorch's products in bfloat16 and float16 are slow on this CPU, and which they are.
 
-They take several times as long as in float32 on processors without instructions for them. There `nbhd.linear`,
-`nbhd.convolution` and `nbhd.joined` compute in float32, and round.
+They take several times as long as in float32 on processors without instructions for them. There `nbhd.nn.linear`,
+`nbhd.nn.convolution` and `nbhd.nn.joined` compute in float32, and round.
 """
 
 from __future__ import annotations

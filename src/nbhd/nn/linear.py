@@ -9,7 +9,7 @@ On Intel's processors MKL's products are as fast. There oneDNN gains in inferenc
 GELU while a product is at hand (`linear_gelu`) instead of reading and writing all of it again for each.
 
 In bfloat16 and float16 PyTorch takes several times as long as in float32 on processors without instructions for them
-(`nbhd.sixteen_bits`): there products are made in float32, and rounded.
+(`nbhd.nn.sixteen_bits`): there products are made in float32, and rounded.
 
     nbhd::linear    nbhd::linear_d_weight
 
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from nbhd._modes import is_transformed, makes_a_graph, makes_a_graph_for_this_machine
 from nbhd._processor import features, is_zen_4, maker
-from nbhd.sixteen_bits import dtype_of_products, is_slow
+from nbhd.nn.sixteen_bits import dtype_of_products, is_slow
 
 #: Fewer products (multiplications and additions) than this are over before oneDNN's preparations have paid: where
 #: AVX-512 makes twice the products of AVX2, and on AMD's Zen 4, where it makes as many and oneDNN is a little ahead.
@@ -60,7 +60,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch 2.7). Exported and traced graphs have the plain operator, and so have autocast, ``torch.func`` inside
     compiled functions and ``torch.backends.mkldnn.flags(enabled=False)``.
 
-    Where 16 bits are slow (`nbhd.sixteen_bits`) products in them, of autocast too, are made in float32 in eager
+    Where 16 bits are slow (`nbhd.nn.sixteen_bits`) products in them, of autocast too, are made in float32 in eager
     mode, and rounded.
 
     Args:

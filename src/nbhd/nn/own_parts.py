@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from nbhd.linear import is_plain
+from nbhd.nn.linear import is_plain
 
 
 class Kinds:

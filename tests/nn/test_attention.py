@@ -21,9 +21,9 @@ def by_hand(module, x):
     """The same layer written out: heads split in the order query, key, value."""
     batch, *spatial, channels = x.shape
     qkv = functional.linear(x, module.qkv.weight, module.qkv.bias)
-    query, key, value = (
-        part.reshape(batch, *spatial, module.num_heads, channels // module.num_heads) for part in qkv.chunk(3, -1)
-    )
+    dim = channels // module.num_heads
+    widths = [heads * dim for heads in (module.num_heads, module.num_kv_heads, module.num_kv_heads)]
+    query, key, value = (part.reshape(batch, *spatial, -1, dim) for part in qkv.split(widths, -1))
     out = OPERATORS[len(spatial)](
         query, key, value, module.kernel_size, module.stride, module.dilation, module.is_causal, module.qk_scale,
         rel_pos_bias=module.rpb, backend="reference",
@@ -43,6 +43,25 @@ def test_projects_attends_projects(axes, rel_pos_bias):
     torch.testing.assert_close(module(x), by_hand(module, x))
     expected = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"} | ({"rpb"} if rel_pos_bias else set())
     assert set(module.state_dict()) == expected
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_grouped_heads(num_kv_heads):
+    torch.manual_seed(0)
+    module = NeighborhoodAttention2D(24, 4, 3, rel_pos_bias=True, num_kv_heads=num_kv_heads)
+    assert module.qkv.weight.shape == (24 + 2 * num_kv_heads * 6, 24)
+    x = torch.randn(2, 5, 6, 24)
+    ours = torch.autograd.grad(module(x).sin().sum(), [*module.parameters()])
+    theirs = torch.autograd.grad(by_hand(module, x).sin().sum(), [*module.parameters()])
+    torch.testing.assert_close(ours, theirs)
+    module.attn_drop.p = 1e-9
+    torch.testing.assert_close(module.train()(x), by_hand(module, x))
+
+
+@pytest.mark.parametrize("num_kv_heads", [0, -1, 3, 8, 1.5, True, "2"])
+def test_heads_that_cannot_be_shared_are_refused(num_kv_heads):
+    with pytest.raises(ArgumentError, match="num_kv_heads must be a divisor of num_heads"):
+        NeighborhoodAttention2D(24, 4, 3, num_kv_heads=num_kv_heads)
 
 
 @pytest.mark.parametrize(("spatial", "padded"), [((2, 9), (6, 9)), ((8, 1), (8, 4)), ((1, 1), (6, 4))])

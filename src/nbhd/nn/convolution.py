@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nbhd._modes import makes_a_graph
-from nbhd.sixteen_bits import dtype_of_products, is_slow
+from nbhd.nn.sixteen_bits import dtype_of_products, is_slow
 
 #: Backward in float16 PyTorch's convolutions take a hundred times as long as in float32: conversions pay for all but
 #: the thinnest.
@@ -20,7 +20,7 @@ _WITH_GRADIENTS = {torch.float16: 4}
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`: the same parameters, and results of the same dtype, equal but for rounding.
 
-    In 16 bits, of its tensors or of autocast, it computes in float32 where `nbhd.sixteen_bits.are_slow`, and
+    In 16 bits, of its tensors or of autocast, it computes in float32 where `nbhd.nn.sixteen_bits.are_slow`, and
     rounds the result. Graphs have the plain operator.
     """
 

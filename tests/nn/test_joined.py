@@ -16,11 +16,11 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nbhd import joined
 from nbhd.backends import cpu, cpu_linear
 from nbhd.backends.cpu_linear import DTYPES, Layer, Norm
 from nbhd.errors import BackendError
-from nbhd.joined import join, may_join
+from nbhd.nn import joined
+from nbhd.nn.joined import join, may_join
 
 pytestmark = pytest.mark.skipif(cpu.why_unusable() is not None, reason=f"no native core: {cpu.why_unusable()}")
 
