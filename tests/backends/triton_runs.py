@@ -184,7 +184,7 @@ def unfused() -> None:
 def rows() -> None:
     """Every row of the table, on a small call it can do, each program with all images."""
     launches.MANY_PROGRAMS = 1
-    settings = [case((6, 19), (3, 8), batch=2, bias=has_bias) for has_bias in (True, False)]
+    settings = [case((4, 17), (3, 8), batch=2, bias=has_bias) for has_bias in (True, False)]
     for row in configurations.rows():
         which = settings[row.bias is False]
         arguments = make(which, F16 if row.bits == 16 else F32)
@@ -268,7 +268,7 @@ def layouts() -> None:
     same("expanded-gradient", expanded, run(backend, tensors, (flat.contiguous(), gradients[1]), neighborhood, scale))
 
     for name, which in {
-        "once": case((8, 9), 7, heads=2, batch=2), "loop": case((3, 34), (3, 33), heads=2, dim=8, batch=2)
+        "once": case((8, 9), 7, heads=2, batch=2), "loop": case((3, 34), (3, 33), heads=2, dim=8)
     }.items():  # fmt: skip
         arguments = make(which, F32)
         joined = torch.stack(arguments[0][:3], -3).unbind(-3)
@@ -293,7 +293,8 @@ def layouts() -> None:
         planned.append(given)
         return constants(self, *given, **more)
 
-    launches.Map.constants = count
+    launches.Map.constants, really = count, launches.Launch.run
+    launches.Launch.run = lambda self: None  # only plans are looked at
     other_scale, no_bias, no_lse = (tensors, gradients, neighborhood, 0.3), (*tensors[:3], None), (gradients[0], None)
     halved = [t.bfloat16() for t in tensors[:3]]
     found = {}
@@ -310,7 +311,7 @@ def layouts() -> None:
     planned.clear()
     run(backend, (*fused_qkv, bias), *arguments[1:], into=room_for_gradients(*fused_qkv))
     found["one-tensor"] = len(planned)
-    launches.Map.constants = constants
+    launches.Map.constants, launches.Launch.run = constants, really
     say("plans", found=found)
     forget()
     launches.MANY_PROGRAMS = 1
