@@ -5,8 +5,8 @@
 #   make test-hf  transformers' own common tests on our models; needs the package index
 #   make check    lint, format, types, import contracts, C++ format
 #   make native   the C++ core alone, with its tests (make sanitize: the same under sanitizers; make native-arm: for Arm,
-#                 under an emulator)
-#   make wheel    the wheel and the source distribution, in dist/
+#                 under an emulator; make native-windows: for Windows, under Wine)
+#   make wheel    the wheel and the source distribution, in dist/ (make cross-wheels: wheels for other platforms)
 #   make bench    time the operator against its peers
 #   make gpu-check  on a GPU: are its kernels right, and how fast; one JSON in under ten minutes
 #   make gpu-tune   on a GPU: time the kernels' configurations and keep the fastest
@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-floor test-hf check native native-arm sanitize wheel bench gpu-check gpu-tune gpu-code format clean
+.PHONY: demo test test-floor test-hf check native native-arm native-windows sanitize wheel cross-wheels bench gpu-check gpu-tune gpu-code format clean
 
 demo: $(VENV)/.base
 	$(BIN)/nbhd classify examples/photos
@@ -58,6 +58,14 @@ native-arm: $(VENV)/.dev
 	$(BIN)/cmake --build build/arm
 	$(BIN)/ctest --test-dir build/arm --output-on-failure
 
+# The same tests for Windows under Wine (the Debian package wine64), compiled by Zig's Clang (csrc/cmake/zig.cmake).
+native-windows: $(VENV)/.zig
+	$(BIN)/cmake -S . -B build/windows -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/cmake/zig.cmake -DNBHD_TARGET=x86_64-windows-gnu \
+		-DNBHD_PYTHON=$(abspath $(BIN))/python -DNBHD_FUZZ_CASES=400
+	$(BIN)/cmake --build build/windows
+	WINEDEBUG=-all $(BIN)/ctest --test-dir build/windows --output-on-failure
+
 # The same tests under the address, undefined-behaviour and thread sanitizers. More than half an hour on two cores; eight minutes with
 # ARGS="--sets avx2 --cases 200", as CI has it.
 sanitize: $(VENV)/.dev
@@ -67,6 +75,10 @@ wheel: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --installer pip
 	ls -l dist
+
+# Wheels for Windows, macOS (Arm) and Linux (Arm), from here.
+cross-wheels: $(VENV)/.zig
+	$(BIN)/python csrc/cross_wheels.py $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -102,6 +114,10 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml $(CONSTRAINTS) $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) -c $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.zig: $(VENV)/.dev
+	$(PIP) -c $(CONSTRAINTS) ziglang wheel
 	touch $@
 
 clean:

@@ -32,14 +32,15 @@ class Conv2d(nn.Conv2d):
         weight, bias = self.weight, self.bias  # looked at once: parametrized ones are computed each time
         pays = _WITH_GRADIENTS if torch.is_grad_enabled() else None
         if not is_slow(input, weight, bias, _positions(input, self.stride), pays):
-            return self._conv_forward(input, weight, bias)
+            plain: Tensor = self._conv_forward(input, weight, bias)
+            return plain
         dtype = dtype_of_products(input)
         if self.padding_mode == "zeros" and not isinstance(self.padding, str) and torch.is_grad_enabled():
             geometry = _Geometry(self.stride, self.padding, self.dilation, self.groups)
             made: Tensor = _InFloat32.apply(input, weight, bias, geometry, dtype)
             return made
         with torch.autocast("cpu", enabled=False):
-            output = self._conv_forward(input.float(), weight.float(), None if bias is None else bias.float())
+            output: Tensor = self._conv_forward(input.float(), weight.float(), None if bias is None else bias.float())
         return output.to(dtype)
 
 

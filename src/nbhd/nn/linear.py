@@ -235,7 +235,8 @@ class _Convolution(torch.autograd.Function):
         parts = [functional.conv2d(maps, saved_kernel)] if maps is not None else []
         parts += [functional.conv2d(saved_maps, kernel)] if kernel is not None else []
         parts += [bias[:, None, None]] if bias is not None else []
-        return torch.broadcast_tensors(sum(parts), parts[0])[0]
+        tangent: Tensor = torch.broadcast_tensors(sum(parts), parts[0])[0]
+        return tangent
 
 
 def images_of(rows: int) -> int:
